@@ -1,0 +1,1 @@
+"""Data sets: builders, sources with restorable positions, batches."""

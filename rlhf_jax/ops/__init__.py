@@ -1,0 +1,1 @@
+"""Pure array mathematics: masks, log-probabilities, returns, losses, metrics."""

@@ -1,0 +1,1 @@
+"""Tokenizers, templates and the cutting of solutions into steps."""

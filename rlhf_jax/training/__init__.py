@@ -1,0 +1,1 @@
+"""Training machinery: state, experience, update and supervised steps, checkpoints, logs."""

@@ -1,0 +1,42 @@
+"""Test set-up: four simulated devices, strict promotion, real data found or skipped aloud."""
+
+import os
+import pathlib
+
+# Before jax is imported: the device count is read once.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+)
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+DATA = pathlib.Path(os.environ.get("RLHF_DATA", "../shared/data"))
+_skipped_for_data = []
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run the slow tests too")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--all"):
+            item.add_marker(pytest.mark.skip(reason="slow; run with --all"))
+        if "data" in item.keywords and not DATA.is_dir():
+            _skipped_for_data.append(item.nodeid)
+            item.add_marker(pytest.mark.skip(reason=f"RLHF_DATA={DATA} is absent"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    count = len(_skipped_for_data)
+    terminalreporter.write_line(f"{count} tests were skipped because RLHF_DATA={DATA} is absent")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> pathlib.Path:
+    """The folder with real public data; tests that ask for it carry the mark `data`."""
+    return DATA

@@ -15,7 +15,7 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 DATA = pathlib.Path(os.environ.get("RLHF_DATA", "../shared/data"))
-_skipped_for_data = []
+NO_DATA = f"RLHF_DATA={DATA} is absent"
 
 
 def pytest_addoption(parser):
@@ -26,14 +26,16 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "slow" in item.keywords and not config.getoption("--all"):
             item.add_marker(pytest.mark.skip(reason="slow; run with --all"))
-        if "data" in item.keywords and not DATA.is_dir():
-            _skipped_for_data.append(item.nodeid)
-            item.add_marker(pytest.mark.skip(reason=f"RLHF_DATA={DATA} is absent"))
+        needs_data = "data" in item.keywords or "data_dir" in item.fixturenames
+        if needs_data and not DATA.is_dir():
+            item.add_marker(pytest.mark.skip(reason=NO_DATA))
 
 
 def pytest_terminal_summary(terminalreporter):
-    count = len(_skipped_for_data)
-    terminalreporter.write_line(f"{count} tests were skipped because RLHF_DATA={DATA} is absent")
+    skipped = terminalreporter.stats.get("skipped", [])
+    count = sum(NO_DATA in str(report.longrepr) for report in skipped)
+    reason = f"because {NO_DATA}" if count else f"for want of data (RLHF_DATA={DATA})"
+    terminalreporter.write_line(f"{count} tests were skipped {reason}")
 
 
 @pytest.fixture(scope="session")

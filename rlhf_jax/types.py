@@ -171,7 +171,9 @@ class TokenTables:
     """What token ids mean, as traced tables, so that no id is baked into a program."""
 
     ends_text: Bool[Array, " V"]  # end-of-text ids
-    ends_step: Bool[Array, " V"]  # tokens that close a solution step
+    ends_step: Bool[Array, " V"]  # tokens that hold a line break
+    text_before: Bool[Array, " V"]  # visible text before the token's last line break, or in it
+    text_after: Bool[Array, " V"]  # visible text after the token's last line break, or in it
     pad: Int[Array, ""]  # written after the end; never recognised by its id
 
 

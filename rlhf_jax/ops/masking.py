@@ -17,9 +17,10 @@ _WHITEN_EPS = 1e-8  # variance of rewards of order 1 is far above; keeps constan
 
 
 def fill_padding(
-    x: Shaped[Array, "*S"], mask: Bool[Array, "*S"], value: float = 0
+    x: Shaped[Array, "*S"], mask: Bool[Array, "*S"], value: float | int = 0
 ) -> Shaped[Array, "*S"]:
     """Returns x where the mask is true and `value` elsewhere, in x's dtype."""
+    x = jnp.asarray(x)  # host arrays of 64 bits become 32 here, as everywhere in jax
     return jnp.where(mask, x, jnp.asarray(value, x.dtype))
 
 

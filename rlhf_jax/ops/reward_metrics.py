@@ -89,7 +89,7 @@ def best_of_k(
 
 
 def wilson_interval(
-    successes: float, total: float, *, deviations: float = 1.959964
+    successes: float | int, total: float | int, *, deviations: float = 1.959964
 ) -> tuple[float, float]:
     """Wilson's interval for a proportion; the default is 95 %. (0, 1) if total is 0.
 

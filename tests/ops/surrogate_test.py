@@ -1,0 +1,157 @@
+"""The clipped objectives: literal corners, a loop, gradients where a clip acts."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.ops import surrogate
+
+
+def at(ratio, advantage, **kwargs):
+    options = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": None} | kwargs
+    shaped = jnp.array([[math.log(ratio)]]), jnp.zeros((1, 1)), jnp.array([[advantage]])
+    loss, clipped, found = surrogate.clipped_surrogate(*shaped, **options)
+    return float(loss[0, 0]), bool(clipped[0, 0]), float(found[0, 0])
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "objective", "clipped"),
+    [
+        (1.0, 2.0, 2.0, False),
+        (1.1, 2.0, 2.2, False),
+        (2.0, 2.0, 2.56, True),  # too far up: held at 1.28
+        (0.5, 2.0, 1.0, False),  # wrong way: free to come back
+        (0.5, -2.0, -1.6, True),  # too far down: held at 0.8
+        (2.0, -2.0, -4.0, False),
+        (10.0, -1.0, -10.0, False),
+        (5.0, 0.0, 0.0, False),
+    ],
+)
+def test_clip_by_hand(ratio, advantage, objective, clipped):
+    loss, found, _ = at(ratio, advantage)
+    assert loss == pytest.approx(-objective, rel=1e-6)
+    assert found is clipped
+
+
+def test_dual_clip_bounds_the_loss_of_bad_tokens():
+    loss, clipped, ratio = at(10.0, -1.0, dual_clip=3.0)
+    assert (loss, clipped) == (3.0, True)
+    assert ratio == pytest.approx(10.0)
+    assert at(2.0, -1.0, dual_clip=3.0)[:2] == at(2.0, -1.0)[:2]
+    assert at(10.0, 1.0, dual_clip=3.0)[:2] == at(10.0, 1.0)[:2]
+
+
+def loop_surrogate(new, old, advantage, low, high, dual):
+    ratio = math.exp(new - old)
+    best = min(ratio * advantage, min(max(ratio, 1 - low), 1 + high) * advantage)
+    return -max(best, dual * advantage) if dual and advantage < 0 else -best
+
+
+@pytest.mark.parametrize("dual", [None, 3.0])
+def test_clip_against_a_loop(dual):
+    rng = np.random.default_rng(0)
+    new, old, advantages = rng.normal(size=(3, 4, 5)).astype(np.float32)
+    loss, _, ratio = surrogate.clipped_surrogate(
+        new, old, advantages, clip_low=0.2, clip_high=0.3, dual_clip=dual
+    )
+    for i in np.ndindex(4, 5):
+        wanted = loop_surrogate(float(new[i]), float(old[i]), float(advantages[i]), 0.2, 0.3, dual)
+        assert float(loss[i]) == pytest.approx(wanted, rel=1e-5)
+        assert float(ratio[i]) == pytest.approx(math.exp(new[i] - old[i]), rel=1e-5)
+
+
+def test_gradient_is_the_policy_gradient_at_ratio_one_and_zero_where_clipped():
+    old = jnp.zeros((1, 4))
+    new = jnp.log(jnp.array([[1.0, 1.0, 2.0, 10.0]]))
+    advantages = jnp.array([[1.5, -2.0, 1.0, -1.0]])
+
+    def total(new):
+        loss, clipped, ratio = surrogate.clipped_surrogate(
+            new, old, advantages, clip_low=0.2, clip_high=0.2, dual_clip=3.0
+        )
+        return jnp.sum(loss), (clipped, ratio)
+
+    gradient, (clipped, ratio) = jax.grad(total, has_aux=True)(new)
+    np.testing.assert_array_equal(ratio[0, :2], 1.0)  # exactly
+    np.testing.assert_allclose(gradient, [[-1.5, 2.0, 0.0, 0.0]], rtol=1e-6)
+    np.testing.assert_array_equal(clipped[0], [False, False, True, True])
+
+
+def test_extreme_differences_are_finite():
+    new, old = jnp.array([[0.0, -1e4]]), jnp.array([[-1e4, 0.0]])
+
+    def total(new):
+        return jnp.sum(
+            surrogate.clipped_surrogate(new, old, -jnp.ones((1, 2)), clip_low=0.2, clip_high=0.2)[0]
+        )
+
+    value, gradient = jax.value_and_grad(total)(new)
+    assert np.isfinite(value) and np.all(np.isfinite(gradient))
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    # Old value 1, return 3, clip 0.5: values are held to [0.5, 1.5].
+    [(1.0, 2.0), (1.25, 0.5 * 1.75**2), (3.0, 0.5 * 1.5**2), (0.0, 0.5 * 9.0)],
+)
+def test_value_error_by_hand(value, wanted):
+    one = jnp.ones((1, 1))
+    found = surrogate.value_error(value * one, one, 3 * one, clip=0.5)
+    assert float(found[0, 0]) == pytest.approx(wanted)
+    free = surrogate.value_error(value * one, one, 3 * one, clip=None)
+    assert float(free[0, 0]) == pytest.approx(0.5 * (value - 3) ** 2)
+
+
+def test_value_gradient_stops_only_past_the_clip():
+    values = jnp.array([[1.0, 1.25, 1.6, 0.0]])
+    one = jnp.ones((1, 4))
+    gradient = jax.grad(lambda v: jnp.sum(surrogate.value_error(v, one, 3 * one, clip=0.5)))(values)
+    np.testing.assert_allclose(gradient, [[-2.0, -1.75, 0.0, -3.0]])
+
+
+X = np.array([[1.0, 2.0, 3.0], [10.0, np.nan, np.nan], [np.nan] * 3], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("how", "constant", "total", "count"),
+    [
+        ("token_mean", None, 16.0, 4),
+        ("sequence_mean_token_mean", None, 2.0 + 10.0, 2),
+        ("sequence_mean_token_sum", None, 6.0 + 10.0, 2),
+        ("sequence_mean_token_sum_norm", 8.0, 16.0 / 8, 2),
+    ],
+)
+def test_aggregations_by_hand(how, constant, total, count):
+    mean = surrogate.aggregate(X, ~np.isnan(X), how, constant=constant)
+    assert (float(mean.total), float(mean.count)) == (total, count)
+    gradient = jax.grad(
+        lambda x: surrogate.aggregate(x, ~np.isnan(X), how, constant=constant).total
+    )(jnp.asarray(X))
+    np.testing.assert_array_equal(np.asarray(gradient)[np.isnan(X)], 0)
+
+
+def test_all_aggregations_agree_on_full_rows_of_one_length():
+    x = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    found = []
+    for how, constant, scale in [
+        ("token_mean", None, 1),
+        ("sequence_mean_token_mean", None, 1),
+        ("sequence_mean_token_sum", None, 4),
+        ("sequence_mean_token_sum_norm", 4.0, 1),
+    ]:
+        mean = surrogate.aggregate(x, np.ones_like(x, bool), how, constant=constant)
+        found.append(float(mean.total) / float(mean.count) / scale)
+    np.testing.assert_allclose(found, x.mean(), rtol=1e-5)
+
+
+def test_wrong_choices_are_refused():
+    mask = ~np.isnan(X)
+    with pytest.raises(ValueError, match="unknown aggregation 'mean'; known: token_mean"):
+        surrogate.aggregate(X, mask, "mean")
+    with pytest.raises(ValueError, match="needs a constant above 0, got None"):
+        surrogate.aggregate(X, mask, "sequence_mean_token_sum_norm")
+    with pytest.raises(ValueError, match="uses no constant, got 3"):
+        surrogate.aggregate(X, mask, "token_mean", constant=3.0)

@@ -1,0 +1,141 @@
+"""What a model says about given completions and texts: the facade that everybody else uses.
+
+Scoring before the update and the forward pass inside the update are one function on chunks of
+one shape. Matrix products round differently for different shapes: scoring all rows at once and
+updating in microbatches gives ratios other than 1 on most tokens (2.7e-5 in float32), in equal
+chunks the first ratio is exactly 1.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from rlhf_jax.models.lora import join
+from rlhf_jax.models.transformer import Model
+from rlhf_jax.ops.groups import join_chunks, repeat_groups, split_chunks
+from rlhf_jax.ops.logprobs import chunked_logprobs
+from rlhf_jax.pytree import pytree
+from rlhf_jax.types import Array, CompletionOutput, Params, Rollouts, Texts
+
+VALUE_HEAD = "value"  # the one head that speaks before it sees the token
+
+
+@pytree
+class TextOutput:
+    """Log-probability of each token given those before it (0 in the first column and at
+    padding), and what each head says at the token."""
+
+    logprobs: Float[Array, "M S"] | None
+    scores: dict[str, Float[Array, "M S"]]
+
+
+def evaluate_completions(
+    model: Model,
+    params: Params,
+    frozen: Params,
+    rollouts: Rollouts,
+    *,
+    temperature: Float[Array, ""] | float,
+    rows: int | None,
+) -> CompletionOutput:
+    """Log-probs, entropy and scores of completions, in chunks of `rows` rows.
+
+    Args:
+        params: the trainable part of the parameters (all of them without adapters).
+        frozen: the part that does not train; {} without adapters.
+        temperature: logits are divided by it, as in sampling; 0 counts as 1.
+        rows: rows per chunk, a multiple of the group size; the update's microbatch, so that
+            both see the same shapes. None = all rows at once.
+    """
+    tree = join(params, frozen)
+    total = rollouts.tokens.shape[0]
+    if rows is None or rows == total:
+        return evaluate_chunk(model, tree, rollouts, temperature)
+    group = rollouts.group_size
+    if rows < 1 or total % rows or rows % group:
+        raise ValueError(
+            f"rows={rows} does not cut {total} rollouts into equal chunks of whole groups of "
+            f"{group}; want a divisor of {total} that is a multiple of {group}"
+        )
+    chunks = split_rollouts(rollouts, total // rows)
+    out = jax.lax.map(lambda chunk: evaluate_chunk(model, tree, chunk, temperature), chunks)
+    return join_chunks(out, group)
+
+
+def split_rollouts(rollouts: Rollouts, chunks: int) -> Rollouts:
+    """Rollouts with a leading axis of chunks that hold whole groups and their prompts."""
+    prompts = rollouts.prompts.tokens.shape[0]
+    # Rows per prompt: 1 for the prompts' own leaves, K for the others.
+    return jax.tree.map(lambda x: split_chunks(x, chunks, x.shape[0] // prompts), rollouts)
+
+
+def evaluate_chunk(
+    model: Model, tree: Params, rollouts: Rollouts, temperature: Float[Array, ""] | float
+) -> CompletionOutput:
+    """One forward pass over prompts and completions; numbers at padding are 0.
+
+    Token t lies in column P+t and is predicted in column P+t-1: there log-prob, entropy and
+    the value are read. All other heads are read at the token itself.
+    """
+    config = model.config
+    prompts, group = rollouts.prompts, rollouts.group_size
+    start, length = prompts.tokens.shape[1], rollouts.tokens.shape[1]
+    tokens = jnp.concatenate([repeat_groups(prompts.tokens, group), rollouts.tokens], axis=1)
+    mask = jnp.concatenate([repeat_groups(prompts.mask, group), rollouts.mask], axis=1)
+    hidden = model.apply(tree, tokens, positions_of(mask), mask, None).hidden  # [B S D]
+    before = hidden[:, start - 1 : start - 1 + length]  # [B T D]
+    at = hidden[:, start:]
+
+    def zero_padding(x):
+        return jnp.where(rollouts.mask, x, 0.0)
+
+    logprobs = entropy = None
+    if config.lm_head:
+        logprobs, entropy = chunked_logprobs(
+            before,
+            lambda states: model.logits(tree, states),
+            rollouts.tokens,
+            temperature=temperature,
+            chunk=config.logprob_chunk,
+        )
+        logprobs, entropy = zero_padding(logprobs), zero_padding(entropy)
+    scores = {}
+    if VALUE_HEAD in config.score_heads:
+        scores[VALUE_HEAD] = model.scores(tree, before)[VALUE_HEAD]
+    if set(config.score_heads) - {VALUE_HEAD}:
+        read = model.scores(tree, at)
+        scores |= {name: read[name] for name in config.score_heads if name != VALUE_HEAD}
+    scores = {name: zero_padding(score) for name, score in scores.items()}
+    return CompletionOutput(logprobs=logprobs, entropy=entropy, scores=scores)
+
+
+def positions_of(mask: Array) -> Int[Array, "B S"]:
+    """The position of each token among its row's real tokens, wherever the padding lies."""
+    return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+
+
+def evaluate_texts(model: Model, params: Params, frozen: Params, texts: Texts) -> TextOutput:
+    """Log-probs (temperature 1) and scores of whole texts; numbers at padding are 0.
+
+    One document per row: attention does not stop at the borders of packed documents.
+    """
+    config, tree = model.config, join(params, frozen)
+    tokens, mask = texts.tokens, texts.mask
+    hidden = model.apply(tree, tokens, positions_of(mask), mask, None).hidden
+    logprobs = None
+    if config.lm_head:
+        # The last column predicts a token that does not exist; its number is dropped.
+        following = jnp.concatenate([tokens[:, 1:], tokens[:, :1]], axis=1)
+        ahead, _ = chunked_logprobs(
+            hidden,
+            lambda states: model.logits(tree, states),
+            following,
+            temperature=1.0,
+            chunk=config.logprob_chunk,
+        )
+        seen = jnp.concatenate([jnp.zeros_like(mask[:, :1]), mask[:, :-1]], axis=1)
+        logprobs = jnp.concatenate([jnp.zeros_like(ahead[:, :1]), ahead[:, :-1]], axis=1)
+        logprobs = jnp.where(mask & seen, logprobs, 0.0)
+    read = model.scores(tree, hidden)
+    scores = {name: jnp.where(mask, score, 0.0) for name, score in read.items()}
+    return TextOutput(logprobs=logprobs, scores=scores)

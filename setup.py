@@ -45,6 +45,7 @@ setup(
         "tensorboard>=2.19",
         "tensorflow-datasets>=4.9.10",
         "tokenizers>=0.22",
+        "tqdm>=4.66",
         "transformers>=5.17",
     ],
     extras_require=EXTRAS,

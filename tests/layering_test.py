@@ -50,6 +50,7 @@ FENCES = {
     "array_record": ("rlhf_jax.data",),
     "etils": ("rlhf_jax.data",),
     "tensorboard": ("rlhf_jax.training.writer",),
+    "tqdm": ("floor 4", "rlhf_jax.training.writer"),
     "tensorflow": (),
 }
 FILE_LINES = 400

@@ -1,0 +1,1 @@
+"""One file per workload; each prints one JSON line: ``python -m benchmarks.decode [--small]``."""

@@ -236,9 +236,15 @@ def _logits(config, rules, params, hidden):
         raise ValueError("this model has no LM head (model.lm_head=False): it gives no logits")
     compute = jnp.dtype(config.compute_dtype)
     tied = config.tie_embeddings
-    weight = params["embed"]["table"].T if tied else params["unembed"]["kernel"]
-    out = jnp.matmul(
-        hidden.astype(compute), weight.astype(compute), preferred_element_type=jnp.float32
+    weight = params["embed"]["table"] if tied else params["unembed"]["kernel"]
+    # Not `table.T`: whether a transpose is folded into the product depends on the program
+    # around it, and the two forms round differently.
+    axes = ((hidden.ndim - 1,), (1 if tied else 0,))
+    out = jax.lax.dot_general(
+        hidden.astype(compute),
+        weight.astype(compute),
+        (axes, ((), ())),
+        preferred_element_type=jnp.float32,
     )
     middle = (None,) * (out.ndim - 2)
     return constrain(out, ("batch", *middle, "vocab"), rules) if out.ndim > 1 else out

@@ -41,6 +41,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
+        "rich>=13.9",
         "safetensors>=0.5",
         "tensorboard>=2.19",
         "tensorflow-datasets>=4.9.10",

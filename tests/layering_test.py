@@ -50,6 +50,7 @@ FENCES = {
     "array_record": ("rlhf_jax.data",),
     "etils": ("rlhf_jax.data",),
     "tensorboard": ("rlhf_jax.training.writer",),
+    "rich": ("floor 4", "rlhf_jax.training.writer"),
     "tqdm": ("floor 4", "rlhf_jax.training.writer"),
     "tensorflow": (),
 }
@@ -169,7 +170,8 @@ def function_import_faults(source: Source) -> list[str]:
 
 
 def length_faults(source: Source) -> list[str]:
-    """Files under 400 lines, functions under 60, on floor 4 the main loop under 150.
+    """Files under 400 lines, functions under 60; under 150 the main loops of floor 4 and the
+    get_config of a config, which holds values only.
 
     A function is measured without its docstring: what is said about it is not the length.
     """
@@ -177,7 +179,9 @@ def length_faults(source: Source) -> list[str]:
     lines = len(source.text.splitlines())
     if lines >= FILE_LINES:
         faults.append(f"{source.module} has {lines} lines, {FILE_LINES} are the limit")
-    mains = {"main", source.module.split(".")[-1]} if within(source.module, "floor 4") else set()
+    mains = {"get_config"} if within(source.module, "configs") else set()
+    if within(source.module, "floor 4"):
+        mains = {"main", source.module.split(".")[-1]}
     for node in ast.walk(source.tree):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
@@ -370,6 +374,8 @@ def test_lengths_can_fail():
     assert faults("rlhf_jax.train_policy", function("train_policy", 149)) == []
     assert len(faults("rlhf_jax.train_policy", function("main", 150))) == 1
     assert len(faults("rlhf_jax.train_policy", function("f", 60))) == 1
+    assert faults("configs.quickstart", function("get_config", 149)) == []
+    assert len(faults("configs.quickstart", function("get_config", 150))) == 1
 
 
 def test_string_annotations_can_fail():

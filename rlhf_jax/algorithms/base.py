@@ -4,9 +4,9 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
 from rlhf_jax.ops.divergence import kl_estimate
-from rlhf_jax.ops.masking import masked_sum, place_at_last
+from rlhf_jax.ops.masking import masked_sum, mean_of, place_at_last
 from rlhf_jax.ops.surrogate import filled
-from rlhf_jax.types import Array, Experience, Scores
+from rlhf_jax.types import Array, CompletionOutput, Experience, Metrics, Scores
 
 
 def token_rewards(
@@ -31,3 +31,23 @@ def token_rewards(
 def sequence_rewards(scores: Scores, mask: Bool[Array, "B T"]) -> Float[Array, " B"]:
     """One reward per completion: the outcome plus the sum of the process scores."""
     return scores.outcome.astype(jnp.float32) + masked_sum(scores.process, mask, axis=-1)
+
+
+def policy_metrics(
+    output: CompletionOutput,
+    clipped: Bool[Array, "B T"],
+    ratio: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+) -> Metrics:
+    """How far the policy has moved since it sampled; means over the valid tokens.
+
+    `policy/kl_old` is the k1 estimate of KL(old ‖ new) in nats, −log ρ, from the old policy's
+    samples.
+    """
+    safe_ratio = jnp.where(mask, ratio, 1.0)
+    return {
+        "policy/clip_fraction": mean_of(clipped, mask),
+        "policy/ratio": mean_of(ratio, mask),
+        "policy/kl_old": mean_of(-jnp.log(safe_ratio), mask),
+        "policy/entropy": mean_of(output.entropy, mask),
+    }

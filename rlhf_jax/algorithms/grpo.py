@@ -16,8 +16,8 @@ https://arxiv.org/abs/2503.20783) is ``scale="none"``, ``kl_coef=0`` and
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.algorithms.base import sequence_rewards
-from rlhf_jax.ops import groups, masking, surrogate
+from rlhf_jax.algorithms.base import policy_metrics, sequence_rewards
+from rlhf_jax.ops import groups, surrogate
 from rlhf_jax.ops.divergence import check_estimator, kl_estimate
 from rlhf_jax.types import Algorithm, Needs, Targets, Term
 
@@ -63,14 +63,9 @@ def grpo(
             advantages = groups.group_zscore(rewards, group_size)
         else:
             advantages = rewards - groups.group_mean(rewards, group_size)
-        return (
-            Targets(
-                advantages=jnp.where(mask, advantages[:, None], 0.0),
-                returns=jnp.where(mask, rewards[:, None], 0.0),
-                mask=jnp.asarray(mask),
-            ),
-            state,
-        )
+        advantages = jnp.where(mask, advantages[:, None], 0.0)
+        returns = jnp.where(mask, rewards[:, None], 0.0)
+        return Targets(advantages=advantages, returns=returns, mask=jnp.asarray(mask)), state
 
     @jax.named_scope("grpo_loss")
     def loss(output, experience, targets, group_size):
@@ -92,13 +87,7 @@ def grpo(
         if kl_coef:
             kl = kl_estimate(logprobs, ref_logprobs, kl_estimator)
             terms["kl"] = Term(weight=kl_coef, mean=mean(kl))
-        metrics = {
-            "policy/clip_fraction": masking.mean_of(clipped, mask),
-            "policy/ratio": masking.mean_of(ratio, mask),
-            "policy/kl_old": masking.mean_of(kl_estimate(old_logprobs, logprobs, "k1"), mask),
-            "policy/entropy": masking.mean_of(output.entropy, mask),
-        }
-        return terms, metrics
+        return terms, policy_metrics(output, clipped, ratio, mask)
 
     needs = Needs(reference=kl_coef != 0, min_group=2)
     return Algorithm(init=lambda: (), targets=targets, loss=loss, needs=needs)

@@ -14,9 +14,9 @@ token instead of one baseline per group) and in where the KL stands (reward inst
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.algorithms.base import token_rewards
+from rlhf_jax.algorithms.base import policy_metrics, token_rewards
 from rlhf_jax.ops import masking
-from rlhf_jax.ops.divergence import check_estimator, kl_estimate
+from rlhf_jax.ops.divergence import check_estimator
 from rlhf_jax.ops.returns import gae
 from rlhf_jax.ops.surrogate import aggregate, clipped_surrogate, filled, value_error
 from rlhf_jax.types import Algorithm, Needs, Targets, Term
@@ -55,7 +55,8 @@ def ppo(
         True
     """
     check_estimator(kl_estimator)
-    _check_range(gamma=gamma, lam=lam)
+    _check_share("gamma", gamma)
+    _check_share("lam", lam)
     if dual_clip is not None and dual_clip <= 1.0 + clip:
         raise ValueError(f"ppo: dual_clip={dual_clip}; wanted more than 1 + clip = {1.0 + clip}")
 
@@ -75,38 +76,27 @@ def ppo(
         experience, targets = jax.lax.stop_gradient((experience, targets))
         mask = targets.mask
         logprobs, values = filled(mask, output.logprobs, output.scores["value"])
-        old_logprobs, old_values = filled(mask, experience.logprobs, experience.values)
+        old, old_values = filled(mask, experience.logprobs, experience.values)
         advantages, returns = filled(mask, targets.advantages, targets.returns)
         policy, clipped, ratio = clipped_surrogate(
-            logprobs,
-            old_logprobs,
-            advantages,
-            clip_low=clip,
-            clip_high=clip,
-            dual_clip=dual_clip,
+            logprobs, old, advantages, clip_low=clip, clip_high=clip, dual_clip=dual_clip
         )
         value = value_error(values, old_values, returns, clip=value_clip)
-        entropy = masking.mean_of(output.entropy, mask)
         terms = {
             "policy": Term(weight=1.0, mean=aggregate(policy, mask, "token_mean")),
             "value": Term(weight=value_coef, mean=aggregate(value, mask, "token_mean")),
         }
         if entropy_coef:
+            entropy = masking.mean_of(output.entropy, mask)
             terms["entropy"] = Term(weight=-entropy_coef, mean=entropy)
-        metrics = {
-            "policy/clip_fraction": masking.mean_of(clipped, mask),
-            "policy/ratio": masking.mean_of(ratio, mask),
-            "policy/kl_old": masking.mean_of(kl_estimate(old_logprobs, logprobs, "k1"), mask),
-            "policy/entropy": entropy,
-            "value/squared_error": masking.mean_of(jnp.square(values - returns), mask),
-        }
+        error = masking.mean_of(jnp.square(values - returns), mask)
+        metrics = policy_metrics(output, clipped, ratio, mask) | {"value/squared_error": error}
         return terms, metrics
 
     needs = Needs(value=True, reference=kl_coef != 0)
     return Algorithm(init=lambda: (), targets=targets, loss=loss, needs=needs)
 
 
-def _check_range(**fields):
-    for name, number in fields.items():
-        if not 0 <= number <= 1:
-            raise ValueError(f"ppo: {name}={number}; wanted a number from 0 to 1")
+def _check_share(name, number):
+    if not 0 <= number <= 1:
+        raise ValueError(f"ppo: {name}={number}; wanted a number from 0 to 1")

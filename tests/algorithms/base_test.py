@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.algorithms.base import sequence_rewards, token_rewards
-from rlhf_jax.types import Experience, Prompts, Rollouts, Scores
+from rlhf_jax.algorithms.base import policy_metrics, sequence_rewards, token_rewards
+from rlhf_jax.types import CompletionOutput, Experience, Prompts, Rollouts, Scores
 
 NAN = float("nan")
 MASK = np.array([[1, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0]], bool)
@@ -92,3 +92,16 @@ def test_no_gradient_is_lost_to_padding():
     gradient = np.asarray(jax.grad(total)(data.logprobs))
     assert np.all(np.isfinite(gradient))
     np.testing.assert_array_equal(gradient[~MASK], 0)
+
+
+def test_policy_metrics_by_hand():
+    mask = np.array([[1, 1, 0]], bool)
+    output = CompletionOutput(
+        logprobs=jnp.zeros((1, 3)), entropy=jnp.array([[1.0, 2.0, NAN]]), scores={}
+    )
+    found = policy_metrics(output, mask, jnp.array([[1.0, math.e, NAN]]), mask)
+    assert {name: float(mean.count) for name, mean in found.items()} == dict.fromkeys(found, 2.0)
+    assert float(found["policy/clip_fraction"].total) == 2.0
+    assert float(found["policy/ratio"].total) == pytest.approx(1 + math.e)
+    assert float(found["policy/kl_old"].total) == pytest.approx(-1.0)
+    assert float(found["policy/entropy"].total) == 3.0

@@ -1,0 +1,1 @@
+"""TFDS builders: they write ArrayRecord, which is read as a random-access source."""

@@ -1,0 +1,128 @@
+"""Which record is drawn when: a pure function of a seed and one integer, the position.
+
+Position p counts the records drawn so far, so it is all that a checkpoint needs to go on. Each
+epoch draws every record once, in an order of its own (grain's index shuffle, which holds no list
+of the order). A batch may span two epochs.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from rlhf_jax.data.sources import Record, RecordSource
+
+OVERLONG = ("error", "skip", "truncate")
+# Encoded records kept in memory. Reading and encoding one again costs about 0.1 ms.
+_KEPT = 2**16
+
+_log = logging.getLogger(__name__)
+
+
+class Drawn(NamedTuple):
+    """One drawn record."""
+
+    source: int
+    record: int  # index within the source
+    index: int  # index over all sources, in the order they were given
+    draw: int  # how often it was drawn before
+    encoded: Any
+
+
+class Draws:
+    """The records of some sources that fit, in the order in which they are drawn.
+
+    Every record is encoded once at the start, so that bad and overlong ones are known before
+    anything runs.
+
+    Args:
+        sources: where records come from; together they are one set.
+        encode: record -> what batches are made of.
+        length: encoded -> tokens.
+        limit: the largest length; longer records are overlong.
+        limit_name: what to call the limit in messages.
+        overlong: "error" refuses them, "skip" leaves them out, "truncate" keeps them for the
+            caller to cut. Either way `num_overlong` counts them.
+        seed: decides the order; 0 or more.
+        shuffle: False draws in the order of the sources.
+
+    Raises:
+        ValueError: a record cannot be encoded (names source and record), is overlong under
+            "error", or none is left.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[RecordSource],
+        encode: Callable[[Record], Any],
+        length: Callable[[Any], int],
+        *,
+        limit: int,
+        limit_name: str,
+        overlong: str,
+        seed: int,
+        shuffle: bool,
+    ):
+        if overlong not in OVERLONG:
+            raise ValueError(f"overlong={overlong!r} is not one of {', '.join(OVERLONG)}")
+        self.sources = tuple(sources)
+        self._encode = encode
+        self._encoded = functools.lru_cache(maxsize=_KEPT)(self._read)
+        self._offsets = np.cumsum([0, *(len(source) for source in self.sources)]).tolist()
+        self._kept, self.num_overlong = self._scan(length, limit, limit_name, overlong)
+        order = grain.MapDataset.range(len(self._kept))
+        self._order = (order.seed(seed).shuffle() if shuffle else order).repeat()
+
+    def __len__(self) -> int:
+        """Records per epoch."""
+        return len(self._kept)
+
+    def get(self, position: int, rows: slice, n: int) -> list[Drawn]:
+        """The rows `rows` of the batch of `n` records at `position`."""
+        return [self._at(position + row) for row in range(*rows.indices(n))]
+
+    def _at(self, position: int) -> Drawn:
+        source, record = self._kept[self._order[position]]
+        return Drawn(
+            source=source,
+            record=record,
+            index=self._offsets[source] + record,
+            draw=position // len(self._kept),
+            encoded=self._encoded(source, record),
+        )
+
+    def _read(self, source: int, record: int) -> Any:
+        try:
+            return self._encode(self.sources[source][record])
+        except ValueError as error:
+            raise ValueError(f"source {source}, record {record}: {error}") from error
+
+    def _scan(self, length, limit, limit_name, overlong) -> tuple[list[tuple[int, int]], int]:
+        kept, count = [], 0
+        for source, records in enumerate(self.sources):
+            for record in range(len(records)):
+                tokens = length(self._encoded(source, record))
+                if tokens > limit:
+                    count += 1
+                    if overlong == "error":
+                        raise ValueError(
+                            f"source {source}, record {record} has {tokens} tokens but "
+                            f'{limit_name}={limit}; raise it, or set overlong to "skip" or '
+                            '"truncate"'
+                        )
+                    if overlong == "skip":
+                        continue
+                kept.append((source, record))
+        if count:
+            total = self._offsets[-1]
+            done = "skipped" if overlong == "skip" else "truncated"
+            _log.warning("%s %d of %d records over %s=%d", done, count, total, limit_name, limit)
+        if not kept:
+            raise ValueError(
+                f"no records are left: {self._offsets[-1]} in {len(self.sources)} sources, {count} "
+                f"of them over {limit_name}={limit}"
+            )
+        return kept, count

@@ -1,0 +1,105 @@
+"""Supervised rows: a prompt and a completion as one right-padded row, in batches of any kind."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from rlhf_jax.data.draws import Drawn, Draws
+from rlhf_jax.data.sources import Record
+from rlhf_jax.text.tokenizer import Tokenizer
+from rlhf_jax.types import Labelled, Pairs, Steps, Texts
+
+
+class Row(NamedTuple):
+    """Token ids of a prompt, its completion and end-of-text; `prompt` counts the prompt's."""
+
+    tokens: list[int]
+    prompt: int
+
+
+class ExampleSource:
+    """Batches of one kind of supervised data: a pure function of (seed, position).
+
+    Made by `texts`, `pairs`, `correctness` and `step_labels`.
+    """
+
+    def __init__(
+        self,
+        draws: Draws,
+        collate: Callable[[Sequence[Drawn]], Texts | Pairs | Labelled | Steps],
+    ):
+        self._draws, self._collate = draws, collate
+
+    def __len__(self) -> int:
+        """Records per epoch, without those that were skipped."""
+        return len(self._draws)
+
+    @property
+    def num_overlong(self) -> int:
+        """How many records were longer than `max_length`."""
+        return self._draws.num_overlong
+
+    def batch(self, position: int, rows: slice, n: int) -> Texts | Pairs | Labelled | Steps:
+        """The rows `rows` of the batch of `n` records after `position` draws.
+
+        The next batch is at ``position + n``. Different processes ask for different rows of the
+        same batch.
+        """
+        return self._collate(self._draws.get(position, rows, n))
+
+
+def pick(record: Record, fields: tuple[str, ...]) -> str:
+    """The text of the first of `fields` that the record has.
+
+    Raises:
+        ValueError: it has none of them, or no text there.
+    """
+    for name in fields:
+        if name in record:
+            if not isinstance(record[name], str):
+                kind = type(record[name]).__name__
+                raise ValueError(f"field {name!r} holds {kind} where text is wanted")
+            return record[name]
+    raise ValueError(f"no field {' or '.join(fields)}; the record has {', '.join(record)}")
+
+
+def share(record: Record, fields: tuple[str, ...]) -> float:
+    """The label in [0, 1] under the first of `fields` that the record has; true is 1.
+
+    Raises:
+        ValueError: it has none of them, or something else there.
+    """
+    for name in fields:
+        if name in record:
+            value = record[name]
+            if not isinstance(value, bool | int | float) or not 0 <= value <= 1:
+                raise ValueError(f"field {name!r} holds {value!r}, not a label from 0 to 1")
+            return float(value)
+    raise ValueError(f"no field {' or '.join(fields)}; the record has {', '.join(record)}")
+
+
+def encode_row(tokenizer: Tokenizer, prompt: str, completion: str) -> Row:
+    """Prompt and completion encoded apart, as the sampler sees them, and end-of-text."""
+    start = tokenizer.encode(prompt)
+    tokens = [*start, *tokenizer.encode(completion), tokenizer.eos_ids[0]]
+    return Row(tokens, len(start))
+
+
+def pad_rows(rows: Sequence[Row], max_length: int, pad: int) -> Texts:
+    """Rows cut and right-padded to `max_length`. The loss is on completions and end-of-text, but
+    never on column 0, which nothing predicts."""
+    tokens = np.full((len(rows), max_length), pad, np.int32)
+    length = np.array([len(row.tokens) for row in rows], np.int32).reshape(-1, 1)
+    prompt = np.array([row.prompt for row in rows], np.int32).reshape(-1, 1)
+    for index, row in enumerate(rows):
+        kept = row.tokens[:max_length]
+        tokens[index, : len(kept)] = kept
+    column = np.arange(max_length)[None]
+    mask = column < length
+    return Texts(
+        tokens=tokens,
+        mask=mask,
+        loss_mask=mask & (column >= np.maximum(prompt, 1)),
+        segment=mask.astype(np.int32),
+    )

@@ -1,0 +1,133 @@
+"""Preferences and correctness labels for outcome reward models."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from rlhf_jax.data.draws import Drawn, Draws
+from rlhf_jax.data.examples import ExampleSource, Row, encode_row, pad_rows, pick, share
+from rlhf_jax.data.sources import Record, RecordSource
+from rlhf_jax.text.template import render
+from rlhf_jax.text.tokenizer import Tokenizer
+from rlhf_jax.types import Labelled, Pairs
+
+
+class _Pair(NamedTuple):
+    chosen: Row
+    rejected: Row
+    label: float
+    margin: float
+    votes: list[float]
+
+
+class _Judged(NamedTuple):
+    row: Row
+    label: float
+
+
+def pairs(
+    sources: Sequence[RecordSource],
+    tokenizer: Tokenizer,
+    *,
+    template: str,
+    max_length: int,
+    seed: int,
+    shuffle: bool = True,
+    overlong: str = "error",
+    chosen: tuple[str, ...] = ("chosen",),
+    rejected: tuple[str, ...] = ("rejected",),
+    annotators: int = 0,
+) -> ExampleSource:
+    """Batches of `Pairs`, each a prompt with a better and a worse completion.
+
+    A record may have ``label`` (P(chosen is better), else 1), ``margin`` (else 0) and ``votes``: a
+    list of one number from 0 to 1 per annotator, or None for no vote. ``Pairs.record`` is the
+    record's index over all sources.
+
+    Args:
+        template, max_length, seed, shuffle, overlong: see `texts`; a pair is as long as its longer
+            half.
+        chosen, rejected: the first of these fields that a record has.
+        annotators: A, the number of columns of votes.
+    """
+
+    def encode(record: Record) -> _Pair:
+        prompt = render(template, record)
+        votes = record.get("votes", [])
+        if len(votes) > annotators:
+            raise ValueError(f"{len(votes)} votes but annotators={annotators}")
+        votes = [np.nan if vote is None else float(vote) for vote in votes]
+        return _Pair(
+            chosen=encode_row(tokenizer, prompt, pick(record, chosen)),
+            rejected=encode_row(tokenizer, prompt, pick(record, rejected)),
+            label=share(record, ("label",)) if "label" in record else 1.0,
+            margin=float(record.get("margin", 0.0)),
+            votes=votes + [np.nan] * (annotators - len(votes)),
+        )
+
+    def collate(drawn: Sequence[Drawn]) -> Pairs:
+        found = [one.encoded for one in drawn]
+        return Pairs(
+            chosen=pad_rows([pair.chosen for pair in found], max_length, tokenizer.pad_id),
+            rejected=pad_rows([pair.rejected for pair in found], max_length, tokenizer.pad_id),
+            label=np.array([pair.label for pair in found], np.float32),
+            margin=np.array([pair.margin for pair in found], np.float32),
+            votes=np.array([p.votes for p in found], np.float32).reshape(len(found), annotators),
+            record=np.array([one.index for one in drawn], np.int32),
+        )
+
+    draws = Draws(
+        sources,
+        encode,
+        lambda pair: max(len(pair.chosen.tokens), len(pair.rejected.tokens)),
+        limit=max_length,
+        limit_name="max_length",
+        overlong=overlong,
+        seed=seed,
+        shuffle=shuffle,
+    )
+    return ExampleSource(draws, collate)
+
+
+def correctness(
+    sources: Sequence[RecordSource],
+    tokenizer: Tokenizer,
+    *,
+    template: str,
+    max_length: int,
+    seed: int,
+    shuffle: bool = True,
+    overlong: str = "error",
+    completion: tuple[str, ...] = ("completion", "solution"),
+    label: tuple[str, ...] = ("label", "is_correct"),
+) -> ExampleSource:
+    """Batches of `Labelled`: completions that are right or wrong, or right with a probability.
+
+    Args:
+        template, max_length, seed, shuffle, overlong: see `texts`.
+        completion, label: the first of these fields that a record has.
+    """
+
+    def encode(record: Record) -> _Judged:
+        row = encode_row(tokenizer, render(template, record), pick(record, completion))
+        return _Judged(row, share(record, label))
+
+    def collate(drawn: Sequence[Drawn]) -> Labelled:
+        found = [one.encoded for one in drawn]
+        return Labelled(
+            texts=pad_rows([one.row for one in found], max_length, tokenizer.pad_id),
+            label=np.array([one.label for one in found], np.float32),
+        )
+
+    draws = Draws(
+        sources,
+        encode,
+        lambda judged: len(judged.row.tokens),
+        limit=max_length,
+        limit_name="max_length",
+        overlong=overlong,
+        seed=seed,
+        shuffle=shuffle,
+    )
+    return ExampleSource(draws, collate)

@@ -1,0 +1,107 @@
+"""Step labels for process reward models, put on the tokens where steps end on devices."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from rlhf_jax.data.draws import Drawn, Draws
+from rlhf_jax.data.examples import ExampleSource, Row, encode_row, pad_rows, pick
+from rlhf_jax.data.sources import Record, RecordSource
+from rlhf_jax.text.steps import BLANK, mark_step_ends, split_steps, token_tables
+from rlhf_jax.text.template import render
+from rlhf_jax.text.tokenizer import Tokenizer
+from rlhf_jax.types import Steps
+
+
+class _Solution(NamedTuple):
+    row: Row
+    labels: list[float | None]  # one per line of the solution; None trains nothing
+
+
+def step_labels(
+    sources: Sequence[RecordSource],
+    tokenizer: Tokenizer,
+    *,
+    template: str,
+    max_length: int,
+    seed: int,
+    shuffle: bool = True,
+    overlong: str = "error",
+    steps: str = "steps",
+    labels: str = "labels",
+    completion: tuple[str, ...] = ("completion", "solution"),
+) -> ExampleSource:
+    """Batches of `Steps`: solutions with a label in [0, 1] at the end of each step.
+
+    The solution is the list under `steps`, one step a line; without that field, the text under
+    `completion`, cut by `split_steps`. `labels` holds one number from 0 to 1 per step, or None for
+    a step that trains nothing. A step of several lines has its label at its last line, and blank
+    steps are left out with theirs. Where a row is cut (``overlong="truncate"``), the line that was
+    cut has no label.
+
+    Args:
+        template, max_length, seed, shuffle, overlong: see `texts`.
+    """
+    tables = token_tables(tokenizer)
+    mark = jax.jit(mark_step_ends)
+
+    def encode(record: Record) -> _Solution:
+        listed = steps in record
+        given = list(record[steps]) if listed else split_steps(pick(record, completion))
+        known = _read_labels(record, labels, len(given))
+        found = [pair for pair in zip(given, known, strict=True) if pair[0].strip(BLANK)]
+        text = "\n".join(step for step, _ in found) if listed else pick(record, completion)
+        spread: list[float | None] = []
+        for step, label in found:
+            spread += [None] * (len(split_steps(step)) - 1) + [label]
+        if len(spread) > 1 and not tables.ends_step.any():
+            raise ValueError("the vocabulary has no line break, so solutions have no steps")
+        return _Solution(encode_row(tokenizer, render(template, record), text), spread or [None])
+
+    def collate(drawn: Sequence[Drawn]) -> Steps:
+        found: list[_Solution] = [one.encoded for one in drawn]
+        texts = pad_rows([one.row for one in found], max_length, tokenizer.pad_id)
+        prompt = np.array([one.row.prompt for one in found]).reshape(-1, 1)
+        solution = texts.mask & (np.arange(max_length)[None] >= prompt)
+        marked = np.asarray(mark(texts.tokens, solution, tables))
+        ends, values = np.zeros(marked.shape, bool), np.zeros(marked.shape, np.float32)
+        for index, (one, place) in enumerate(zip(found, drawn, strict=True)):
+            columns = np.flatnonzero(marked[index]).tolist()
+            if len(one.row.tokens) > max_length:
+                columns = columns[:-1]  # the end of the row, not of a step
+            elif len(columns) != len(one.labels):
+                raise ValueError(
+                    f"source {place.source}, record {place.record}: {len(one.labels)} lines but "
+                    f"tokens mark {len(columns)} ends; a token holds several lines"
+                )
+            for column, label in zip(columns, one.labels, strict=False):
+                if label is not None:
+                    ends[index, column], values[index, column] = True, label
+        return Steps(texts=texts, step_ends=ends, labels=values)
+
+    draws = Draws(
+        sources,
+        encode,
+        lambda solution: len(solution.row.tokens),
+        limit=max_length,
+        limit_name="max_length",
+        overlong=overlong,
+        seed=seed,
+        shuffle=shuffle,
+    )
+    return ExampleSource(draws, collate)
+
+
+def _read_labels(record: Record, name: str, count: int) -> list[float | None]:
+    """The labels of a record's `count` steps."""
+    if name not in record:
+        raise ValueError(f"no field {name}; the record has {', '.join(record)}")
+    values = record[name]
+    if len(values) != count:
+        raise ValueError(f"{len(values)} {name} for {count} steps")
+    for value in values:
+        if value is not None and (isinstance(value, str) or not 0 <= value <= 1):
+            raise ValueError(f"{name} hold {value!r}, not a number from 0 to 1")
+    return [None if value is None else float(value) for value in values]

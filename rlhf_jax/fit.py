@@ -1,0 +1,199 @@
+"""Supervised training of one model on a weighted mixture of sources: the loop of two programs.
+
+`train_sft` gives it texts and keeps the LM head; `train_reward` gives it pairs, correctness and
+step labels and scalar heads instead. Checkpoints, resume and logs are those of a policy run.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from rlhf_jax import build, roles, run_folder
+from rlhf_jax.data.examples import ExampleSource
+from rlhf_jax.mesh import ShardingRules, batch_shards, shard_rows
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.lora import partition
+from rlhf_jax.models.transformer import Model, decoder
+from rlhf_jax.ops.metrics import add
+from rlhf_jax.run_log import RunLog
+from rlhf_jax.training.experience import COMPILER_OPTIONS
+from rlhf_jax.training.keys import Purpose, step_key
+from rlhf_jax.training.supervised import (
+    create_supervised_state,
+    make_supervised_evaluate,
+    make_supervised_step,
+)
+from rlhf_jax.training.update import compile_update
+from rlhf_jax.types import Mixture, Params, RunState
+
+
+class Fit(NamedTuple):
+    """The static side of a supervised run."""
+
+    config: ConfigDict
+    role: str
+    mesh: Mesh
+    rules: ShardingRules
+    described: ModelConfig
+    model: Model
+    sources: Mapping[str, ExampleSource]
+    held_out: Mapping[str, ExampleSource]
+    optimizer: Any
+
+
+def plan(config: ConfigDict, role: str, kinds: tuple[str, ...], **changes: Any) -> Fit:
+    """Checks ``config`` and builds all that needs no parameters.
+
+    Args:
+        role: the name under which the model trains and is found by later stages.
+        kinds: the kinds of source that this program trains on.
+        changes: fields of the model that the program decides (its heads).
+
+    Raises:
+        ValueError: naming the field, what it is and what would be right.
+    """
+    text = build.tokenizer(config)
+    if not config.sources:
+        raise ValueError(f"sources is empty: name at least one source of kind {', '.join(kinds)}")
+    for label, section in config.sources.items():
+        if section.kind not in kinds:
+            raise ValueError(
+                f"sources.{label}.kind={section.kind!r}; this program takes {', '.join(kinds)}"
+            )
+    mesh, rules = build.mesh(config)
+    parts = config.updates.microbatches
+    for label, section in config.sources.items():
+        if section.rows % (parts * batch_shards(mesh, rules)):
+            raise ValueError(
+                f"sources.{label}.rows={section.rows} does not divide into updates.microbatches="
+                f"{parts} x {batch_shards(mesh, rules)} batch shards of the mesh"
+            )
+    sources = {
+        label: build.examples(f"sources.{label}", section, text, config.seed)
+        for label, section in config.sources.items()
+    }
+    held_out = {
+        label: build.examples(f"eval.sources.{label}", section, text, config.seed)
+        for label, section in config.eval.sources.items()
+    }
+    described = roles.describe(config.model, text.vocab_size, **changes)
+    optimizer = build.optimizer("optimizer", config.optimizer, config.train.steps)
+    return Fit(
+        config,
+        role,
+        mesh,
+        rules,
+        described,
+        decoder(described, rules),
+        sources,
+        held_out,
+        optimizer,
+    )
+
+
+def create(fit: Fit) -> RunState:
+    """The state at step 0."""
+    config = fit.config
+    key = step_key(config.seed, Purpose.INIT_POLICY, 0)
+    folder = config.model.init_from
+    loaded = roles.load(folder, fit.mesh, fit.rules) if folder else {}
+    params = roles.fill(fit.model, loaded, key, fit.mesh, fit.rules)
+    trained, base = partition(params, fit.described)
+    return RunState(
+        train=create_supervised_state(trained, fit.optimizer, fit.mesh, role=fit.role),
+        reference=base,
+        rewards={},
+        controllers={},
+        carry={},
+        data_position={name: np.asarray(0, np.int32) for name in fit.sources},
+    )
+
+
+def fetch(fit: Fit, sources: Mapping[str, ExampleSource], sections, positions) -> Mixture:
+    """One batch of every source; each process reads only its own rows."""
+    mixture = {}
+    for name, source in sources.items():
+        n = sections[name].rows
+        batch = functools.partial(source.batch, int(positions[name]), n=n)
+        mixture[name] = shard_rows(
+            fit.mesh, fit.rules, n, lambda rows, batch=batch: batch(rows=rows)
+        )
+    return mixture
+
+
+def evaluator(fit: Fit):
+    """A function (params, frozen) -> metrics over all held-out sources, each read once."""
+    if not fit.held_out:
+        return lambda params, frozen: {}
+    sections = fit.config.eval.sources
+    heads = head_names(fit.described)
+    steps = {
+        name: jax.jit(
+            make_supervised_evaluate(fit.model, {name: 1.0}, role=fit.role, **heads),
+            compiler_options=COMPILER_OPTIONS,
+        )
+        for name in fit.held_out
+    }
+
+    def evaluate(params: Mapping[str, Params], frozen: Mapping[str, Params]):
+        total = {}
+        for name, source in fit.held_out.items():
+            for batch in range(max(1, len(source) // sections[name].rows)):
+                position = {name: batch * sections[name].rows}
+                mixture = fetch(fit, {name: source}, sections, position)
+                total = add(total, steps[name](params, frozen, mixture))
+        return {f"eval/{name}": mean for name, mean in total.items()}
+
+    return evaluate
+
+
+def head_names(model: ModelConfig) -> dict[str, str]:
+    """Which heads score texts and steps: the names themselves, or one head for both."""
+    if len(model.score_heads) == 1:
+        return {"outcome_head": model.score_heads[0], "process_head": model.score_heads[0]}
+    return {}
+
+
+def run(fit: Fit, workdir: str) -> RunState:
+    """The loop. Resumes if ``workdir`` has a checkpoint."""
+    started = time.time()
+    config = fit.config
+    folder = run_folder.prepare(workdir, config, {fit.role: fit.described})
+    with jax.set_mesh(fit.mesh), RunLog(folder, config) as log:
+        state, first = log.restore(create(fit), fit.mesh)
+        weights = {name: section.weight for name, section in config.sources.items()}
+        step_fn = make_supervised_step(
+            fit.model,
+            weights,
+            fit.optimizer,
+            role=fit.role,
+            microbatches=config.updates.microbatches,
+            centre_coef=config.updates.get("centre_coef", 0.0),
+            **head_names(fit.described),
+        )
+        update = compile_update(step_fn, state.train, fit.mesh)
+        evaluate = evaluator(fit)
+        frozen = {fit.role: state.reference}
+        for step in range(first, config.train.steps):
+            mixture = fetch(fit, fit.sources, config.sources, state.data_position)
+            key = step_key(config.seed, Purpose.UPDATE, step)
+            train, metrics = update(state.train, frozen, mixture, key)
+            moved = {
+                name: np.asarray(int(position) + config.sources[name].rows, np.int32)
+                for name, position in state.data_position.items()
+            }
+            state = dataclasses.replace(state, train=train, data_position=moved)
+            last = step + 1 == config.train.steps
+            if last or (step + 1) % config.eval.every == 0:
+                metrics = add(metrics, evaluate(train.params, frozen))
+            log.metrics(step, metrics)
+            log.checkpoint(step + 1, state)
+        log.finish(config.train.steps, state, started)
+    return state

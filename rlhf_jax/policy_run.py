@@ -1,0 +1,228 @@
+"""A policy run at work: its state at step 0, its compiled steps, and where its data comes from."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from rlhf_jax import build, roles
+from rlhf_jax.mesh import shard_rows
+from rlhf_jax.models.lora import partition
+from rlhf_jax.models.transformer import decoder
+from rlhf_jax.policy_plan import PolicyPlan
+from rlhf_jax.sampling.sampler import generate
+from rlhf_jax.training.experience import COMPILER_OPTIONS, compile_evaluate, make_evaluate_step
+from rlhf_jax.training.keys import Purpose, step_key
+from rlhf_jax.training.monitor import batch_metrics
+from rlhf_jax.training.selection import refill
+from rlhf_jax.training.state import create_state
+from rlhf_jax.training.update import compile_update, make_update_step
+from rlhf_jax.types import Params, Prompts, Reward, Rollouts, RunState, Texts, TrainState
+
+
+class Steps(NamedTuple):
+    """The compiled programs of one iteration; the last three are None where nobody needs them."""
+
+    generate: Callable[..., Rollouts]
+    score: Callable[..., Any] | None
+    evaluate: Callable[..., Any]
+    monitor: Callable[..., Any]
+    update: Callable[..., Any]
+    select: Callable[..., Any] | None
+    refill: Callable[..., Any] | None
+    update_rewards: Callable[..., Any] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyRun:
+    """A plan with its rewards by place ("device", "host") and its compiled steps."""
+
+    plan: PolicyPlan
+    rewards: Mapping[str, Reward]
+    steps: Steps
+
+    def frozen(self, state: RunState) -> dict[str, Params]:
+        """The trees that no step donates, by role: adapters' bases and the reference."""
+        models = self.plan.models
+        bases = {
+            role: state.reference if model is not None and model.config.lora_rank else {}
+            for role, model in (("policy", models.policy), ("value", models.value))
+        }
+        return {**bases, "reference": state.reference}
+
+    def sample(self, state: RunState, position: int, key: jax.Array) -> Rollouts:
+        """Completions for the N prompts from ``position`` on, by the policy as it is."""
+        return self.steps.generate(
+            state.train.params["policy"],
+            self.frozen(state)["policy"],
+            self.fetch_prompts(position),
+            key,
+            self.plan.sampling,
+            self.plan.tables,
+            state.train.step,
+        )
+
+    def fetch_prompts(self, position: int) -> Prompts:
+        """The N prompts from ``position`` on; each process reads only its own rows."""
+        plan, n = self.plan, self.plan.sizes.prompts
+        fetch = functools.partial(plan.prompts.batch, position, n=n)
+        return shard_rows(plan.mesh, plan.rules, n, lambda rows: fetch(rows=rows))
+
+    def fetch_extra(self, state: RunState) -> dict[str, Texts]:
+        """One batch of every auxiliary source."""
+        plan, batches = self.plan, {}
+        for name, source in plan.extra.items():
+            n, position = plan.config.extra[name].rows, int(state.data_position[f"extra/{name}"])
+            fetch = functools.partial(source.batch, position, n=n)
+            batches[name] = shard_rows(
+                plan.mesh, plan.rules, n, lambda rows, fetch=fetch: fetch(rows=rows)
+            )
+        return batches
+
+    def advance(self, state: RunState, *, position=None, extra=False, **fields) -> RunState:
+        """``state`` with fields replaced and data positions moved on."""
+        positions = dict(state.data_position)
+        if position is not None:
+            positions["prompts"] = np.asarray(position, np.int32)
+        if extra:
+            for name in self.plan.extra:
+                moved = int(positions[f"extra/{name}"]) + self.plan.config.extra[name].rows
+                positions[f"extra/{name}"] = np.asarray(moved, np.int32)
+        return dataclasses.replace(state, data_position=positions, **fields)
+
+
+def start(plan: PolicyPlan) -> tuple[PolicyRun, RunState]:
+    """The run and its state at step 0: parameters born sharded, rewards calibrated."""
+    config, mesh, rules, models = plan.config, plan.mesh, plan.rules, plan.models
+    key = step_key(config.seed, Purpose.INIT_POLICY, 0)
+    folder = config.model.init_from
+    loaded = roles.load(folder, mesh, rules) if folder else {}
+    policy = roles.fill(models.policy, loaded, key, mesh, rules)
+    trained, base = partition(policy, models.policy.config)
+    learned = _reward_params(plan, policy)
+    params = {"policy": trained}
+    if models.value is not None:
+        value = _value_params(plan, policy, learned)
+        params["value"] = partition(value, models.value.config)[0]
+    reference = base
+    if models.reference is not None and not base:
+        reference = roles.fill(models.reference, policy, key, mesh, rules)
+    rewards = _rewards(plan, learned)
+    train = create_state(models, params, plan.optimizers, plan.algorithm, mesh)
+    run = PolicyRun(plan, rewards, _compile(plan, rewards, train))
+    names = ["prompts", *(f"extra/{name}" for name in plan.extra)]
+    state = RunState(
+        train=train,
+        reference=reference,
+        rewards={place: reward.init() for place, reward in rewards.items()},
+        controllers={},
+        carry={},
+        data_position={name: np.asarray(0, np.int32) for name in names},
+    )
+    return run, _calibrate(run, state)
+
+
+def _reward_params(plan: PolicyPlan, policy: Params) -> dict[str, Params]:
+    """Parameters of the learned rewards by label; a folder that two rewards name is read once."""
+    load = functools.cache(lambda folder: roles.load(folder, plan.mesh, plan.rules))
+    learned = {}
+    for index, (label, section) in enumerate(plan.config.rewards.items()):
+        if f"reward/{label}" not in plan.described:
+            continue
+        model = decoder(plan.described[f"reward/{label}"], plan.rules)
+        folder = section.get("init_from", "")
+        known = load(folder) if folder else policy
+        missing = sorted(set(model.config.score_heads) - set(known.get("heads", {})))
+        if folder and missing:
+            raise ValueError(
+                f"rewards.{label} reads head {missing[0]!r}, but {folder} has the heads "
+                f"{sorted(known.get('heads', {}))}"
+            )
+        key = step_key(plan.config.seed, Purpose.INIT_REWARD, index)
+        learned[label] = roles.fill(model, known, key, plan.mesh, plan.rules)
+    return learned
+
+
+def _value_params(plan: PolicyPlan, policy: Params, learned: Mapping[str, Params]) -> Params:
+    begin = plan.config.value.init_from
+    if begin == "policy":
+        known = policy
+    elif begin in learned:
+        known = roles.rename_head(learned[begin], "value")
+    else:
+        known = roles.rename_head(roles.load(begin, plan.mesh, plan.rules), "value")
+    key = step_key(plan.config.seed, Purpose.INIT_VALUE, 0)
+    return roles.fill(plan.models.value, known, key, plan.mesh, plan.rules)
+
+
+def _rewards(plan: PolicyPlan, learned: Mapping[str, Params]) -> dict[str, Reward]:
+    """The rewards by place; learned ones hold their parameters as their initial state."""
+    members = {}
+    for label, section in plan.config.rewards.items():
+        resources = {
+            "decode": plan.tokenizer.decode,
+            "records": plan.prompts.record,
+            "rows": plan.sizes.rows,
+            "mesh": plan.mesh,
+        }
+        if label in learned:
+            resources["model"] = decoder(plan.described[f"reward/{label}"], plan.rules)
+            resources["params"] = learned[label]
+        members[label] = (build.reward(label, section, resources), section.weight)
+    return build.combined(members)
+
+
+def _compile(plan: PolicyPlan, rewards: Mapping[str, Reward], train: TrainState) -> Steps:
+    config, sizes, models, algorithm = plan.config, plan.sizes, plan.models, plan.algorithm
+    temperature = config.rollout.sampling.temperature
+    needs = algorithm.needs
+
+    def sample(params, frozen, prompts, key, sampling, tables, version):
+        return generate(
+            models.policy, params, frozen, prompts, key, samples=sizes.samples,
+            sampling=sampling, max_tokens=sizes.max_tokens, tables=tables, version=version,
+            mesh=plan.mesh,
+        )  # fmt: skip
+
+    def monitor(experience, policy_out):
+        return batch_metrics(experience, policy_out.entropy, reference=needs.reference)
+
+    device, select = rewards.get("device"), algorithm.select
+    evaluate = make_evaluate_step(models, needs, temperature=temperature, rows=sizes.rows)
+    update = make_update_step(
+        models,
+        algorithm,
+        plan.optimizers,
+        epochs=config.updates.epochs,
+        minibatches=config.updates.minibatches,
+        microbatches=config.updates.microbatches,
+        temperature=temperature,
+        group_size=sizes.samples,
+    )
+    online = device is not None and device.update is not None
+    return Steps(
+        generate=jax.jit(sample),
+        score=device and jax.jit(device.score, compiler_options=COMPILER_OPTIONS),
+        evaluate=compile_evaluate(evaluate, plan.mesh),
+        monitor=jax.jit(monitor),
+        update=compile_update(update, train, plan.mesh),
+        select=select and jax.jit(lambda scores: select(scores, sizes.samples)),
+        refill=jax.jit(refill) if select else None,
+        update_rewards=jax.jit(device.update, donate_argnums=0) if online else None,
+    )
+
+
+def _calibrate(run: PolicyRun, state: RunState) -> RunState:
+    """Freezes reference statistics of the rewards on samples of the initial policy."""
+    places = [p for p, reward in run.rewards.items() if reward.calibrate is not None]
+    if not places:
+        return state
+    key = step_key(run.plan.config.seed, Purpose.CALIBRATE, 0)
+    rollouts = run.sample(state, 0, key)
+    rewards = dict(state.rewards)
+    for place in places:
+        rewards[place] = run.rewards[place].calibrate(rewards[place], rollouts)
+    return dataclasses.replace(state, rewards=rewards)

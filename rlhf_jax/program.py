@@ -1,0 +1,71 @@
+"""What every command line shares: flags, joining a distributed job, one clear line on bad input."""
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import ConfigDict, config_flags
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file; single values by --config.key=value.", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; resumes if it has a checkpoint.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "host:port of process 0; set it to join a distributed job."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes in the distributed job.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process's number, from 0.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Join the job that the environment describes (TPU pods, Slurm)."
+)
+
+USAGE_ERROR = 2  # exit status for input that a person must mend
+
+
+def join_job() -> None:
+    """Joins the distributed job that the flags or the environment describe, if any."""
+    if _COORDINATOR.value is not None:
+        missing = [f.name for f in (_NUM_PROCESSES, _PROCESS_ID) if f.value is None]
+        if missing:
+            raise ValueError(f"--coordinator_address also needs --{' and --'.join(missing)}")
+        jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    elif _DISTRIBUTED.value:
+        jax.distributed.initialize()
+
+
+def set_up_logging() -> None:
+    """Our own messages from INFO on, everybody else's from WARNING on."""
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    ours = logging.getLogger("rlhf_jax")
+    ours.setLevel(logging.INFO)
+    ours.addHandler(handler)
+    ours.propagate = False
+
+
+def run_program(main: Callable[[ConfigDict, str], Any]) -> None:
+    """Parses the command line and calls ``main(config, workdir)``.
+
+    A `ValueError` is bad input from a person: one line on stderr and exit status 2. Everything
+    else is a fault and keeps its traceback.
+    """
+
+    def start(argv: list[str]) -> None:
+        if len(argv) > 1:
+            raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+        set_up_logging()
+        try:
+            join_job()
+            main(_CONFIG.value, _WORKDIR.value)
+        except ValueError as error:
+            logging.getLogger("rlhf_jax").debug("bad input", exc_info=True)
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(USAGE_ERROR)
+
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(start)

@@ -1,0 +1,109 @@
+"""What a trained reward model is worth on held-out pairs, correctness and step labels."""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from rlhf_jax import build, roles, run_folder
+from rlhf_jax.fit import head_names
+from rlhf_jax.mesh import fetch_host, shard_rows
+from rlhf_jax.models.completions import evaluate_texts
+from rlhf_jax.models.transformer import decoder
+from rlhf_jax.ops.reward_metrics import (
+    auc,
+    balanced_accuracy,
+    pair_accuracy,
+    pair_correct,
+    wilson_interval,
+)
+from rlhf_jax.training.supervised import last_scores
+from rlhf_jax.types import Labelled, Pairs, Steps, Texts
+
+Score = Callable[[Texts, str], np.ndarray]
+
+
+def report(config: ConfigDict) -> dict[str, float]:
+    """Accuracy of the reward model of ``config.reward.init_from`` on ``config.reward.sources``.
+
+    A source of kind pairs gives outcome_model/pair_accuracy and the accuracy of "the longer
+    wins"; steps give process_model/step_auc, /balanced_accuracy and the majority rate;
+    correctness gives outcome_model/correctness_auc.
+    """
+    text = build.tokenizer(config)
+    mesh, rules = build.mesh(config)
+    folder = config.reward.init_from
+    described = run_folder.read_models(folder)[roles.trained_role(folder)]
+    model = decoder(described, rules)
+    heads = {"outcome_head": "outcome", "process_head": "process"} | head_names(described)
+    numbers: dict[str, float] = {}
+    with jax.set_mesh(mesh):
+        params = roles.load(folder, mesh, rules)
+        forward = jax.jit(lambda params, texts: evaluate_texts(model, params, {}, texts).scores)
+        for label, section in config.reward.sources.items():
+            source = build.examples(f"reward.sources.{label}", section, text, config.seed)
+            batches = _batches(source, section.rows, mesh, rules)
+
+            def score(texts: Texts, head: str) -> jax.Array:
+                return forward(params, texts)[head]
+
+            numbers |= _KINDS[section.kind](batches, score, heads)
+    return numbers
+
+
+def _batches(source, rows: int, mesh, rules) -> Iterator:
+    """Every whole batch of the source, once."""
+    for first in range(0, len(source) - rows + 1, rows):
+        yield shard_rows(
+            mesh, rules, rows, lambda part, first=first: source.batch(first, n=rows, rows=part)
+        )
+
+
+def _pairs(batches: Iterator[Pairs], score, heads: Mapping[str, str]) -> dict[str, float]:
+    chosen, rejected, lengths = [], [], []
+    for batch in batches:
+        for texts, found in ((batch.chosen, chosen), (batch.rejected, rejected)):
+            scores = last_scores(score(texts, heads["outcome_head"]), texts)
+            found.append(fetch_host(scores))
+        lengths.append(fetch_host((batch.chosen.mask.sum(-1), batch.rejected.mask.sum(-1))))
+    better, worse = np.concatenate(chosen), np.concatenate(rejected)
+    longer = [np.concatenate(side) for side in zip(*lengths, strict=True)]
+    right = float(np.sum(pair_correct(better, worse)))
+    low, high = wilson_interval(right, len(better))
+    longest = pair_accuracy(longer[0].astype(np.float32), longer[1].astype(np.float32))
+    return {
+        "outcome_model/pair_accuracy": right / len(better),
+        "outcome_model/pair_accuracy_low": low,
+        "outcome_model/pair_accuracy_high": high,
+        "outcome_model/longer_wins": longest,
+        "outcome_model/length_baseline": max(longest, 1 - longest),
+    }
+
+
+def _correctness(batches: Iterator[Labelled], score, heads: Mapping[str, str]) -> dict[str, float]:
+    scores, labels = [], []
+    for batch in batches:
+        found = last_scores(score(batch.texts, heads["outcome_head"]), batch.texts)
+        for value, into in ((found, scores), (batch.label, labels)):
+            into.append(fetch_host(value))
+    return {"outcome_model/correctness_auc": auc(np.concatenate(scores), np.concatenate(labels))}
+
+
+def _steps(batches: Iterator[Steps], score, heads: Mapping[str, str]) -> dict[str, float]:
+    scores, labels = [], []
+    for batch in batches:
+        found = score(batch.texts, heads["process_head"])
+        found, wanted, ends = fetch_host((found, batch.labels, batch.step_ends & batch.texts.mask))
+        scores.append(found[ends])
+        labels.append(wanted[ends])
+    scores, labels = np.concatenate(scores), np.concatenate(labels)
+    share = float(np.mean(labels > 0.5))
+    return {
+        "process_model/step_auc": auc(scores, labels),
+        "process_model/balanced_accuracy": balanced_accuracy(scores, labels),
+        "process_model/majority_rate": max(share, 1 - share),
+    }
+
+
+_KINDS = {"pairs": _pairs, "correctness": _correctness, "steps": _steps}

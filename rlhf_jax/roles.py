@@ -1,0 +1,132 @@
+"""Where the parameters of each role come from: fresh, a Hugging Face folder, or another run.
+
+A role is a use of a model: policy, reference, value, or a learned reward. All are trees of one
+decoder; they differ in heads, in whether they have an LM head, and in their adapters.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from rlhf_jax import build, run_folder
+from rlhf_jax.mesh import ShardingRules, shard_init, shardings_for
+from rlhf_jax.models.config import ModelConfig, named_size
+from rlhf_jax.models.load import load_hf, read_hf_config
+from rlhf_jax.models.lora import join, merge_lora, partition
+from rlhf_jax.models.transformer import Model, decoder
+from rlhf_jax.training.checkpoint import restore_subtree
+from rlhf_jax.types import Params
+
+# What a role may set itself when the rest comes from a checkpoint.
+OWN_FIELDS = ("param_dtype", "compute_dtype", "remat", "logprob_chunk")
+
+
+def is_hf_folder(folder: str) -> bool:
+    """Whether ``folder`` holds a Hugging Face model (a config.json with a model_type)."""
+    path = pathlib.Path(folder) / "config.json"
+    return path.is_file() and "model_type" in json.loads(path.read_text())
+
+
+def trained_role(folder: str) -> str:
+    """The role that the run in ``folder`` trained and later stages start from."""
+    models = run_folder.read_models(folder)
+    return "policy" if "policy" in models else next(iter(models))
+
+
+def describe(section: ConfigDict, vocab_size: int, **changes: Any) -> ModelConfig:
+    """The model config of ``section`` (name or init_from, and overrides), then ``changes``.
+
+    Raises:
+        ValueError: if the tokenizer has more tokens than the model.
+    """
+    values = section.to_dict()
+    name, init_from = values.pop("name", ""), values.pop("init_from", "")
+    if not init_from:
+        return build.call(
+            "model", named_size, {"name": name, "vocab_size": vocab_size} | values | changes
+        )
+    if not pathlib.Path(init_from).is_dir():
+        raise ValueError(f"model.init_from={init_from!r} is not a folder")
+    if is_hf_folder(init_from):
+        base = read_hf_config(init_from)
+    else:
+        base = run_folder.read_models(init_from)[trained_role(init_from)]
+    if base.vocab_size < vocab_size:
+        raise ValueError(
+            f"the tokenizer has {vocab_size} tokens but the model in {init_from} has "
+            f"{base.vocab_size}; set data.tokenizer to the model's own"
+        )
+    own = {k: v for k, v in values.items() if k in OWN_FIELDS or k.startswith("lora")}
+    return dataclasses.replace(base, **({"lora_rank": 0, "score_heads": ()} | own | changes))
+
+
+def load(folder: str, mesh: Mesh, rules: ShardingRules) -> Params:
+    """The plain parameters (adapters merged) of a Hugging Face or run folder, sharded."""
+    if is_hf_folder(folder):
+        return load_hf(folder, mesh, rules)[1]
+    role = trained_role(folder)
+    config = run_folder.read_models(folder)[role]
+    model = decoder(config, rules)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    target = jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+        shapes,
+        shardings_for(model.axes(), shapes, mesh, rules),
+    )
+    if config.lora_rank == 0:
+        return restore_subtree(folder, ("train", "params", role), target)
+    trained, base = partition(target, config)
+    tree = join(
+        restore_subtree(folder, ("train", "params", role), trained),
+        restore_subtree(folder, ("reference",), base),
+    )
+    return merge_lora(tree, config)
+
+
+def _without(tree: Mapping, known: Mapping) -> dict:
+    """The part of nested dict ``tree`` whose leaves ``known`` does not have."""
+    rest = {}
+    for name, value in tree.items():
+        if name not in known:
+            rest[name] = value
+        elif isinstance(value, Mapping) and (inner := _without(value, known[name])):
+            rest[name] = inner
+    return rest
+
+
+def _only(tree: Mapping, wanted: Mapping) -> dict:
+    """The leaves of nested dict ``tree`` that ``wanted`` also has."""
+    return {
+        name: _only(value, wanted[name]) if isinstance(value, Mapping) else value
+        for name, value in tree.items()
+        if name in wanted
+    }
+
+
+def fill(model: Model, known: Params, key: jax.Array, mesh: Mesh, rules: ShardingRules) -> Params:
+    """The full tree of ``model``: leaves of ``known`` that it has, the others fresh, all sharded.
+
+    Leaves that ``known`` gives are never computed (XLA drops them), so a large model is not
+    initialised twice.
+    """
+    axes = model.axes()
+    missing = _without(axes, known)
+    kept = jax.tree.map(jnp.copy, _only(known, axes))
+    if not missing:
+        return kept
+    fresh = shard_init(lambda k: _only(model.init(k), missing), key, mesh, rules, missing)
+    return join(fresh, kept)
+
+
+def rename_head(params: Params, name: str) -> Params:
+    """``params`` with their first score head under ``name``: a value starts as a reward."""
+    for head in params.get("heads", {}).values():
+        return {**params, "heads": {name: head}}
+    return params

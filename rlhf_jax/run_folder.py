@@ -1,0 +1,106 @@
+"""A run's folder, the same for every program: what is written at its start and at its end.
+
+config.json  model.json  metrics.jsonl  tensorboard/  checkpoints/  samples.jsonl  summary.json
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import pathlib
+import resource
+import sys
+import time
+
+import jax
+from ml_collections import ConfigDict
+
+from rlhf_jax.models.config import ModelConfig
+
+# A resumed run may differ from its config.json in these: how long it runs and what it writes.
+_FREE_FIELDS = ("train.steps", "log.", "checkpoint.")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
+
+
+def config_text(config: ConfigDict) -> str:
+    """The config as JSON text with sorted keys."""
+    return json.dumps(json.loads(config.to_json()), indent=2, sort_keys=True)
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """Fields in which two configs differ, one line each; fields that may change are left out."""
+    before, after = _flatten(old), _flatten(new)
+    lines = []
+    for name in sorted(before.keys() | after.keys()):
+        if name.startswith(_FREE_FIELDS) or before.get(name) == after.get(name):
+            continue
+        lines.append(f"{name}: {before.get(name)!r} in the folder, {after.get(name)!r} now")
+    return lines
+
+
+def prepare(workdir: str, config: ConfigDict, models: dict[str, ModelConfig]) -> pathlib.Path:
+    """Creates the folder, or checks that it belongs to the same config.
+
+    Raises:
+        ValueError: if the folder holds a run of another config; the differences are listed.
+    """
+    folder = pathlib.Path(workdir)
+    path = folder / "config.json"
+    text = config_text(config)
+    if path.exists():
+        lines = differences(json.loads(path.read_text()), json.loads(text))
+        if lines:
+            raise ValueError(
+                f"workdir {folder} holds a run of another config; use a new folder.\n  "
+                + "\n  ".join(lines)
+            )
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        described = {role: dataclasses.asdict(model) for role, model in models.items()}
+        (folder / "model.json").write_text(json.dumps(described, indent=2))
+    return folder
+
+
+def read_models(workdir: str) -> dict[str, ModelConfig]:
+    """The model configs, by role, of the run in ``workdir``."""
+    path = pathlib.Path(workdir) / "model.json"
+    if not path.exists():
+        raise ValueError(f"{workdir} is not a run's folder: it has no model.json")
+    described = json.loads(path.read_text())
+    return {
+        role: ModelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        for role, fields in described.items()
+    }
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process held: on devices where they tell, else resident on the host."""
+    # CPU and some plug-ins have no memory statistics and return None.
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    on_devices = sum(s.get("peak_bytes_in_use", 0) for s in stats if s)
+    if on_devices:
+        return on_devices
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
+
+
+def closing_facts(started: float) -> dict[str, object]:
+    """What every summary.json says beside the program's own results."""
+    return {
+        "seconds": round(time.time() - started, 1),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "python": sys.version.split()[0],
+    }

@@ -1,0 +1,155 @@
+"""What a loop writes while it runs: metrics, samples, checkpoints; and where it resumes."""
+
+import logging
+import math
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from rlhf_jax import run_folder
+from rlhf_jax.mesh import fetch_host
+from rlhf_jax.ops.metrics import value
+from rlhf_jax.policy_plan import PolicyPlan
+from rlhf_jax.training import checkpoint
+from rlhf_jax.training.writer import Writer
+from rlhf_jax.types import Metrics, Rollouts, RunState, Scores
+
+_log = logging.getLogger(__name__)
+
+
+class RunLog:
+    """Writer and checkpoints of one run; use it as a context.
+
+    Metrics are fetched one step late, so that the devices never wait for the log.
+    """
+
+    def __init__(self, folder: pathlib.Path, config: ConfigDict):
+        self._folder = folder
+        self._config = config
+        self._text = run_folder.config_text(config)
+        self._manager = checkpoint.open_manager(
+            folder, keep=config.checkpoint.keep, every=config.checkpoint.every
+        )
+        self._writer: Writer | None = None  # opened by `restore`, which knows where to go on
+        self._pending: tuple[int, Metrics] | None = None
+        self._written = time.perf_counter()
+        self._skipped = 0  # updates in a row
+        self._saved = 0
+        self._first = 0
+        self.last: dict[str, float] = {}
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_) -> None:
+        checkpoint.close(self._manager)
+        if self._writer is not None:
+            self._writer.close()
+
+    def restore(self, state: RunState, mesh: jax.sharding.Mesh) -> tuple[RunState, int]:
+        """The newest checkpoint with the shardings of ``state``, or ``state`` itself; its step."""
+        step = checkpoint.latest_step(self._manager)
+        if step is None:
+            self._writer = Writer(self._folder)
+            return state, 0
+        target = jax.tree.map(_abstract, state)
+        restored = checkpoint.restore(self._manager, target, step=step)
+        self._writer = Writer(self._folder, resumed=step)
+        self._first = self._saved = step
+        self._skipped = int(restored.train.skipped)
+        _log.info("resumed_at %d in %s", step, self._folder)
+        return restored, step
+
+    def metrics(self, step: int, metrics: Metrics) -> None:
+        """Takes the metrics of ``step`` and writes those of the step before."""
+        self._write_pending()
+        self._pending = (step, metrics)
+
+    def _write_pending(self) -> None:
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        numbers = {name: float(value(mean)) for name, mean in fetch_host(metrics).items()}
+        self.last = numbers
+        now, steps = time.perf_counter(), self._config.train.steps
+        if step % self._config.log.every == 0 or step + 1 == steps:
+            self._writer.scalars(step, numbers | {"time/step": now - self._written})
+            shown = self._config.log.get("show", ())
+            self._writer.progress(step + 1, steps, {n: numbers[n] for n in shown if n in numbers})
+        self._written = now
+        self._watch(step, numbers)
+
+    def _watch(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Stops a run whose updates are not finite any more."""
+        share = numbers.get("update/skipped", 0.0)
+        self._skipped = self._skipped + 1 if share == 1.0 else 0
+        limit = self._config.train.max_skipped
+        if share:
+            _log.warning("step %d: %.0f %% of updates were not finite", step, 100 * share)
+        if self._skipped >= limit:
+            bad = sorted(n for n, number in numbers.items() if not math.isfinite(number))
+            raise FloatingPointError(
+                f"step {step}: {self._skipped} updates in a row were not finite "
+                f"(train.max_skipped={limit}); not finite: {', '.join(bad) or 'gradients'}; "
+                f"last good checkpoint: step {self._saved} in {self._folder / 'checkpoints'}"
+            )
+
+    def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Writes sampled texts with their scores."""
+        self._writer.samples(step, rows)
+
+    def checkpoint(self, step: int, state: RunState, *, force: bool = False) -> None:
+        """Saves ``state`` after ``step`` steps, if one is due."""
+        if not force and step % self._config.checkpoint.every:
+            return
+        self._write_pending()  # a resumed run continues the log where this state ends
+        if checkpoint.save(self._manager, step, state, self._text, force=True):
+            self._saved = step
+
+    def finish(self, steps: int, state: RunState, started: float) -> None:
+        """The last checkpoint and summary.json."""
+        self._write_pending()
+        self.checkpoint(steps, state, force=True)
+        checkpoint.wait(self._manager)
+        self._writer.summary(
+            {
+                "steps": steps,
+                "resumed_at": self._first,
+                "params_sha256": checkpoint.digest(state.train.params),
+                **self.last,
+                **run_folder.closing_facts(started),
+            }
+        )
+
+
+def _abstract(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=leaf.sharding if isinstance(leaf, jax.Array) else None
+    )
+
+
+def policy_samples(plan: PolicyPlan, rollouts: Rollouts, scores: Scores) -> list[dict[str, Any]]:
+    """The first ``log.samples`` completions with every part of their scores."""
+    count, k = plan.config.log.samples, plan.sizes.samples
+    wanted = (rollouts.prompts, rollouts.tokens, rollouts.mask, rollouts.truncated, scores)
+    prompts, tokens, mask, truncated, scores = fetch_host(wanted)
+    rows = []
+    for b in range(min(count, len(tokens))):
+        n = b // k
+        rows.append(
+            {
+                "prompt": plan.tokenizer.decode(prompts.tokens[n][prompts.mask[n]].tolist()),
+                "completion": plan.tokenizer.decode(tokens[b][mask[b]].tolist()),
+                "truncated": bool(truncated[b]),
+                "outcome": float(scores.outcome[b]),
+                "process": float(np.sum(scores.process[b], where=mask[b])),
+                **{f"reward/{name}": float(part[b]) for name, part in scores.parts.items()},
+            }
+        )
+    return rows

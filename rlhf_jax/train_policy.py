@@ -1,0 +1,136 @@
+"""Reinforcement learning from learned, verifiable and shaping rewards: the loop.
+
+    python -m rlhf_jax.train_policy --config=configs/ppo_tiny.py --workdir=DIR
+
+Four compiled steps an iteration: generate, score, evaluate, update. Host verifiers run while
+`score` and `evaluate` are in flight. The checkpoint is the `RunState`; a run that is stopped and
+started again repeats, bit for bit, what it would have done.
+"""
+
+import time
+from typing import NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from rlhf_jax import policy_run, program, run_folder
+from rlhf_jax.ops.metrics import add
+from rlhf_jax.policy_plan import make_plan
+from rlhf_jax.policy_run import PolicyRun
+from rlhf_jax.rewards.base import add_scores
+from rlhf_jax.run_log import RunLog, policy_samples
+from rlhf_jax.training.experience import make_experience
+from rlhf_jax.training.keys import Purpose, step_key
+from rlhf_jax.types import Metrics, Rollouts, RunState, Scores
+
+
+class Iteration(NamedTuple):
+    """What one iteration leaves for the logs; metrics are still on the devices."""
+
+    rollouts: Rollouts
+    scores: Scores
+    metrics: Metrics
+
+
+def score_host(run: PolicyRun, rewards: dict, rollouts: Rollouts) -> tuple[Scores | None, dict]:
+    """Scores of the host rewards, None where there are none; and all reward states."""
+    if "host" not in run.rewards:
+        return None, rewards
+    scores, host = run.rewards["host"].score(rewards["host"], rollouts)
+    return scores, {**rewards, "host": host}
+
+
+def score_device(run: PolicyRun, rewards: dict, rollouts: Rollouts) -> tuple[Scores | None, dict]:
+    """Scores of the device rewards, dispatched but not awaited; and all reward states."""
+    if "device" not in run.rewards:
+        return None, rewards
+    scores, device = run.steps.score(rewards["device"], rollouts)
+    return scores, {**rewards, "device": device}
+
+
+def join_scores(device: Scores | None, host: Scores | None) -> Scores:
+    """The sum over places."""
+    if device is None or host is None:
+        return host if device is None else device
+    return add_scores(device, host)
+
+
+def collect(run: PolicyRun, state: RunState, step: int) -> tuple[Rollouts, Scores, RunState]:
+    """Draws until every group carries signal, at most ``max_draws`` times (dynamic sampling)."""
+    sizes, seed = run.plan.sizes, run.plan.config.seed
+    position, rewards = int(state.data_position["prompts"]), state.rewards
+    kept = signal = None
+    for attempt in range(sizes.max_draws):
+        key = step_key(seed, Purpose.SAMPLE, step * sizes.max_draws + attempt)
+        rollouts = run.sample(state, position, key)
+        device, rewards = score_device(run, rewards, rollouts)
+        host, rewards = score_host(run, rewards, rollouts)
+        batch = (rollouts, join_scores(device, host))
+        position += sizes.prompts
+        fresh = run.steps.select(batch[1])
+        if kept is None:
+            kept, signal = batch, fresh
+        else:
+            kept, signal = run.steps.refill(kept, signal, batch, fresh)
+        if bool(signal.all()):
+            break
+    return *kept, run.advance(state, rewards=rewards, position=position)
+
+
+def iterate(run: PolicyRun, state: RunState, step: int) -> tuple[RunState, Iteration]:
+    """One iteration of the data's way: prompts, rollouts, scores, experience, update."""
+    sizes, seed, frozen = run.plan.sizes, run.plan.config.seed, run.frozen(state)
+    if run.steps.select is None:
+        position = int(state.data_position["prompts"])
+        key = step_key(seed, Purpose.SAMPLE, step * sizes.max_draws)
+        rollouts = run.sample(state, position, key)
+        device, rewards = score_device(run, state.rewards, rollouts)
+        outputs = run.steps.evaluate(state.train.params, frozen, rollouts)
+        host, rewards = score_host(run, rewards, rollouts)  # overlaps with the two above
+        scores = join_scores(device, host)
+        state = run.advance(state, rewards=rewards, position=position + sizes.prompts)
+    else:
+        rollouts, scores, state = collect(run, state, step)
+        outputs = run.steps.evaluate(state.train.params, frozen, rollouts)
+    extra = run.fetch_extra(state)
+    experience = make_experience(rollouts, scores, *outputs, extra)
+    metrics = run.steps.monitor(experience, outputs[0])
+    key = step_key(seed, Purpose.UPDATE, step)
+    train, update_metrics = run.steps.update(state.train, frozen, experience, key)
+    state = run.advance(state, train=train, extra=True)
+    if run.steps.update_rewards is not None:
+        key = step_key(seed, Purpose.REWARD_UPDATE, step)
+        device, reward_metrics = run.steps.update_rewards(
+            state.rewards["device"], rollouts, scores, key
+        )
+        state = run.advance(state, rewards={**state.rewards, "device": device})
+        metrics = add(metrics, reward_metrics)
+    return state, Iteration(rollouts, scores, add(metrics, update_metrics))
+
+
+def train_policy(config: ConfigDict, workdir: str) -> RunState:
+    """Trains the policy that ``config`` describes; resumes if ``workdir`` has a checkpoint.
+
+    Raises:
+        ValueError: for bad input, before any device is touched.
+        FloatingPointError: after ``train.max_skipped`` non-finite updates in a row.
+    """
+    started = time.time()
+    plan = make_plan(config)
+    folder = run_folder.prepare(workdir, config, plan.described)
+    with jax.set_mesh(plan.mesh), RunLog(folder, config) as log:
+        run, state = policy_run.start(plan)
+        state, first = log.restore(state, plan.mesh)
+        for step in range(first, config.train.steps):
+            state, iteration = iterate(run, state, step)
+            log.metrics(step, iteration.metrics)
+            if step % config.log.samples_every == 0:
+                samples = policy_samples(plan, iteration.rollouts, iteration.scores)
+                log.samples(step, samples)
+            log.checkpoint(step + 1, state)
+        log.finish(config.train.steps, state, started)
+    return state
+
+
+if __name__ == "__main__":
+    program.run_program(train_policy)

@@ -1,0 +1,34 @@
+"""Outcome and process reward models, from pairs, correctness and step labels in one mixture.
+
+    python -m rlhf_jax.train_reward --config=configs/X.py --workdir=DIR
+
+One trunk with the scalar heads of ``model.score_heads``: "outcome" scores a text at its last
+token, "process" every step at its end. A single head of any name does both.
+"""
+
+from ml_collections import ConfigDict
+
+from rlhf_jax import fit, program
+from rlhf_jax.types import RunState
+
+KINDS = ("pairs", "correctness", "steps")
+
+
+def train_reward(config: ConfigDict, workdir: str) -> RunState:
+    """Trains the reward model that ``config`` describes on its mixture of sources.
+
+    Resumes if ``workdir`` has a checkpoint. A policy run uses the folder as the ``init_from``
+    of its learned rewards.
+
+    Raises:
+        ValueError: for bad input, before any device is touched.
+        FloatingPointError: after ``train.max_skipped`` non-finite updates in a row.
+    """
+    heads = tuple(config.reward.score_heads)
+    if not heads:
+        raise ValueError("reward.score_heads is empty; name at least one head, such as 'outcome'")
+    return fit.run(fit.plan(config, "reward", KINDS, lm_head=False, score_heads=heads), workdir)
+
+
+if __name__ == "__main__":
+    program.run_program(train_reward)

@@ -1,0 +1,26 @@
+"""Supervised fine-tuning of a policy on worked examples.
+
+python -m rlhf_jax.train_sft --config=configs/X.py --workdir=DIR
+"""
+
+from ml_collections import ConfigDict
+
+from rlhf_jax import fit, program
+from rlhf_jax.types import RunState
+
+
+def train_sft(config: ConfigDict, workdir: str) -> RunState:
+    """Trains the policy that ``config`` describes on its sources of kind "texts".
+
+    Resumes if ``workdir`` has a checkpoint. The run's folder can start a policy or a reward
+    model (``model.init_from``).
+
+    Raises:
+        ValueError: for bad input, before any device is touched.
+        FloatingPointError: after ``train.max_skipped`` non-finite updates in a row.
+    """
+    return fit.run(fit.plan(config, "policy", ("texts",), lm_head=True), workdir)
+
+
+if __name__ == "__main__":
+    program.run_program(train_sft)

@@ -1,0 +1,80 @@
+"""Every config: loads, is locked against typos, is plain values, and its stages run shrunken."""
+
+import importlib
+import json
+import pathlib
+
+import pytest
+from ml_collections import ConfigDict
+
+from rlhf_jax.pipeline import PROGRAMS, check, pipeline
+from rlhf_jax.policy_plan import make_plan
+
+FOLDER = pathlib.Path(__file__).parents[2] / "configs"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
+
+
+def load(name, *arg):
+    config = importlib.import_module(f"configs.{name}").get_config(*arg)
+    config.lock()
+    return config
+
+
+def leaves(tree):
+    if isinstance(tree, ConfigDict | dict):
+        for value in tree.values():
+            yield from leaves(value)
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from leaves(value)
+    else:
+        yield tree
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_holds_values_only(name):
+    config = load(name)
+    assert all(isinstance(leaf, bool | int | float | str) for leaf in leaves(config))
+    json.loads(config.to_json())
+    docstring = importlib.import_module(f"configs.{name}").__doc__
+    assert f"configs/{name}.py" in docstring and "--workdir=" in docstring
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_typo_dies_with_a_suggestion(name):
+    with pytest.raises(AttributeError, match="seed"):
+        load(name).sede = 1
+    with pytest.raises(TypeError):
+        load(name).seed = "one"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_names_what_exists(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = load(name)
+    if "stages" in config:
+        assert {stage.program for _, stage in check(config)} <= PROGRAMS.keys()
+    else:
+        plan = make_plan(config)
+        assert plan.described["policy"].vocab_size == plan.tokenizer.vocab_size
+
+
+def test_the_quickstart_runs_every_stage(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = load("quickstart", "small")
+    workdir = tmp_path / "run"
+    summary = pipeline(config, str(workdir))
+    assert {*config.order} == {path.name for path in workdir.iterdir() if path.is_dir()}
+    for stage in ("sft", "policy"):
+        for mode in ("accuracy", "greedy_accuracy"):
+            name = f"{stage}/{mode}"
+            assert 0 <= summary[f"{name}_low"] <= summary[name] <= summary[f"{name}_high"] <= 1
+    rows = [json.loads(line) for line in (workdir / "evaluation/evaluation.jsonl").open()]
+    assert len(rows) == 4 * config.stages.evaluation.config.problems
+    wanted = {"stage", "mode", "prompt", "expression", "completion"}
+    assert all(wanted <= row.keys() for row in rows)
+    assert all(isinstance(eval(row["expression"], {"__builtins__": {}}), int) for row in rows)
+    # A second call finds every stage done, and does nothing.
+    before = (workdir / "sft/metrics.jsonl").read_text()
+    assert pipeline(config, str(workdir)) == summary
+    assert (workdir / "sft/metrics.jsonl").read_text() == before

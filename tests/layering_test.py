@@ -111,7 +111,7 @@ def shelf(module: str) -> str:
 
 def within(module: str, place: str) -> bool:
     if place == "floor 4":
-        return module.count(".") == 1 and shelf(module) not in FLOORS
+        return re.fullmatch(r"rlhf_jax\.\w+", module) is not None and shelf(module) not in FLOORS
     return module == place or module.startswith(place + ".")
 
 
@@ -183,7 +183,7 @@ def length_faults(source: Source) -> list[str]:
     if within(source.module, "floor 4"):
         mains = {"main", source.module.split(".")[-1]}
     for node in ast.walk(source.tree):
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        if not isinstance(node, ast.FunctionDef):
             continue
         length = node.end_lineno - node.lineno + 1
         if ast.get_docstring(node) is not None:

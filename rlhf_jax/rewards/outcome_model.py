@@ -1,0 +1,43 @@
+"""A learned outcome reward: the score of a head at a completion's last token."""
+
+import jax.numpy as jnp
+
+from rlhf_jax.models.completions import evaluate_completions
+from rlhf_jax.models.transformer import Model
+from rlhf_jax.ops.masking import last_true, masked_sum
+from rlhf_jax.rewards.base import outcome_scores
+from rlhf_jax.types import Params, Reward
+
+
+def outcome_model(
+    *, model: Model, params: Params, head: str = "outcome", rows: int | None = None
+) -> Reward:
+    """outcome = r(x, y), the logit of `head` at the last token of y.
+
+    The last token is the end-of-text token, or, where a completion was truncated, whatever token
+    came last (`Rollouts.truncated` flags those). The logit is kept, not its sigmoid.
+
+    Args:
+        params: the model's parameters; they become the reward's state.
+        head: which of the model's score heads is read.
+        rows: completions per chunk, to bound memory; None takes the whole batch at once.
+
+    Example:
+        >>> reward = outcome_model(model=model, params=params, rows=8)
+        >>> scores, _ = reward.score(reward.init(), rollouts)
+    """
+    if head not in model.config.score_heads:
+        raise ValueError(
+            f"outcome_model: head={head!r}, but the model has {model.config.score_heads}"
+        )
+
+    def score(state, rollouts):
+        output = evaluate_completions(
+            model, state["params"], {}, rollouts, temperature=1.0, rows=rows
+        )
+        at_end = masked_sum(output.scores[head], last_true(rollouts.mask), axis=-1)
+        return outcome_scores("outcome_model", at_end.astype(jnp.float32), rollouts), state
+
+    return Reward(
+        name="outcome_model", where="device", init=lambda: {"params": params}, score=score
+    )

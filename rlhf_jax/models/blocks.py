@@ -13,13 +13,14 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from rlhf_jax.mesh import ShardingRules, constrain
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.types import Array
 
 KeysValues = tuple[Float[Array, "B G C Dh"], Float[Array, "B G C Dh"]]
+Length = Int[Array, ""] | Int[Array, " B"]
 SinCos = tuple[Float[Array, "B S half"], Float[Array, "B S half"]]
 
 
@@ -80,7 +81,7 @@ class Projection(nn.Module):
         )
 
 
-def rope(positions: Int[Array, "B S"], head_dim: int, theta: float) -> SinCos:
+def rope(positions: Int[Array, "B S"], head_dim: int, theta: int | float) -> SinCos:
     """sin and cos of the angles position · θ^(-2i/Dh), i < Dh/2 (Su et al. 2021, eq. 15,
     https://arxiv.org/abs/2104.09864)."""
     exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
@@ -109,7 +110,7 @@ class Attention(nn.Module):
         rotary: SinCos,
         attend: Bool[Array, "B S C"],
         past: KeysValues | None,
-        start: Int[Array, " B"] | None,
+        start: Length | None,
     ) -> tuple[Float[Array, "B S D"], KeysValues | None]:
         c = self.config
         query = self._heads("query", x, c.heads)
@@ -125,8 +126,8 @@ class Attention(nn.Module):
         keys = jnp.swapaxes(rotate(key, rotary), 1, 2).astype(compute)
         values = jnp.swapaxes(value, 1, 2).astype(compute)
         if past is not None:
-            keys = write_columns(past[0], keys, start)
-            values = write_columns(past[1], values, start)
+            keys = write_columns(past[0], keys, start, axis=2)
+            values = write_columns(past[1], values, start, axis=2)
         mixed = attention(query, keys, values, attend)
         mixed = mixed.reshape(*x.shape[:2], c.heads, c.head_dim)
         mixed = constrain(mixed, ("batch", "length", "heads", "head_dim"), self.rules)
@@ -142,12 +143,21 @@ class Attention(nn.Module):
 
 
 def write_columns(
-    columns: Float[Array, "B G C Dh"], new: Float[Array, "B G S Dh"], start: Int[Array, " B"]
-) -> Float[Array, "B G C Dh"]:
-    """The cache with `new` in columns start ... start+S-1 of each row. A slice update and not
-    a scatter by fancy indexing, which copies the cache on TPU."""
-    write = jax.vmap(lambda row, part, at: jax.lax.dynamic_update_slice(row, part, (0, at, 0)))
-    return write(columns, new, start)
+    columns: Shaped[Array, "B ..."], new: Shaped[Array, "B ..."], start: Length, *, axis: int
+) -> Shaped[Array, "B ..."]:
+    """The cache with `new` in columns start ... start+S-1 of `axis`.
+
+    A slice update and not a scatter by fancy indexing, which copies the cache on TPU. One start
+    for all rows is one update; a start per row is in place too, but TPUs run it as a loop over
+    the rows (https://github.com/openxla/xla/issues/12982).
+    """
+    if start.ndim == 0:
+        return jax.lax.dynamic_update_slice_in_dim(columns, new, start, axis)
+
+    def write(row, part, at):
+        return jax.lax.dynamic_update_slice_in_dim(row, part, at, axis - 1)
+
+    return jax.vmap(write)(columns, new, start)
 
 
 def attention(
@@ -199,7 +209,7 @@ class Block(nn.Module):
         rotary: SinCos,
         attend: Bool[Array, "B S C"],
         past: KeysValues | None = None,
-        start: Int[Array, " B"] | None = None,
+        start: Length | None = None,
     ) -> tuple[Float[Array, "B S D"], KeysValues | None]:
         c = self.config
         normed = RMSNorm(c.norm_eps, c.param_dtype, name="attention_norm")(x)

@@ -1,0 +1,79 @@
+"""Random batches for the model tests: ragged prompts and completions, texts, moved params."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.models.config import named_size
+from rlhf_jax.models.transformer import Model, decoder
+from rlhf_jax.types import Params, Prompts, Rollouts, Texts
+
+VOCABULARY = 260
+
+
+def rollouts(n: int, k: int, p: int, t: int, *, seed: int = 0) -> Rollouts:
+    """N·K completions with every length from 1 to full; tokens at padding are random too."""
+    rng = np.random.default_rng(seed)
+    b = n * k
+    prompt_lengths, lengths = rng.integers(1, p + 1, n), rng.integers(1, t + 1, b)
+    prompt_lengths[0], lengths[0] = p, t
+    mask = np.arange(t)[None] < lengths[:, None]
+    zeros = jnp.zeros((b, t))
+    prompts = Prompts(
+        tokens=jnp.array(rng.integers(0, VOCABULARY, (n, p))),
+        mask=jnp.array(np.arange(p)[None] >= p - prompt_lengths[:, None]),
+        record=jnp.arange(n),
+        source=jnp.zeros(n, int),
+        draw=jnp.zeros(n, int),
+    )
+    return Rollouts(
+        prompts=prompts,
+        tokens=jnp.array(rng.integers(0, VOCABULARY, (b, t))),
+        mask=jnp.array(mask),
+        step_ends=jnp.zeros((b, t), bool),
+        logprobs=zeros,
+        behaviour_logprobs=zeros,
+        truncated=jnp.zeros(b, bool),
+        sample=jnp.arange(b) % k,
+        version=jnp.zeros(b, int),
+    )
+
+
+def texts(m: int, s: int, *, seed: int = 0) -> Texts:
+    """M right-padded rows of every length from 1 to full."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, s + 1, m)
+    lengths[0] = s
+    mask = jnp.array(np.arange(s)[None] < lengths[:, None])
+    return Texts(
+        tokens=jnp.array(rng.integers(0, VOCABULARY, (m, s))),
+        mask=mask,
+        loss_mask=mask,
+        segment=mask.astype(int),
+    )
+
+
+@functools.cache
+def tiny(**overrides) -> tuple[Model, Params]:
+    """A decoder of the size "tiny" and its moved params; one of each per test session."""
+    model = decoder(named_size("tiny", **overrides))
+    return model, moved(jax.jit(model.init)(jax.random.key(0)))
+
+
+def moved(params: Params, size: float = 0.02, *, seed: int = 1) -> Params:
+    """Params with noise on every leaf, so that no zero or one of the start hides a fault."""
+    rng = np.random.default_rng(seed)
+
+    def move(x):
+        return jnp.asarray(np.asarray(x) + size * rng.standard_normal(x.shape, np.float32), x.dtype)
+
+    return jax.tree.map(move, params)
+
+
+def plain(rows: int, length: int, *, seed: int = 0):
+    """(tokens, positions, mask) of rows without padding."""
+    tokens = np.random.default_rng(seed).integers(0, VOCABULARY, (rows, length))
+    positions = np.broadcast_to(np.arange(length), (rows, length))
+    return jnp.array(tokens), jnp.array(positions), jnp.ones((rows, length), bool)

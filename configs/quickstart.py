@@ -8,7 +8,7 @@ checked exactly, train an outcome and a process reward model; PPO against these 
 rewards then lifts the share of exact answers on problems that were in no training data.
 
 The seed is the argument: ``--config=configs/quickstart.py:seed=1``. With ``small`` (as in
-``configs/quickstart.py:small``) every stage is cut to a few steps, for tests.
+``configs/quickstart.py:small``) problems are easy and every stage is short, for tests.
 """
 
 from ml_collections import ConfigDict
@@ -19,15 +19,19 @@ ALPHABET = "\n #*+-0123456789="
 MAX_PROMPT = 20  # tokens: characters here
 MAX_TOKENS = 48
 MAX_LENGTH = MAX_PROMPT + MAX_TOKENS
+MESH = dict(data=-1, fsdp=1, tensor=1)  # -1: all devices that remain
 
 
-def data(split: str) -> dict:
+def data(args: ConfigDict, split: str) -> dict:
     """Problems; demonstrations slip in half of the steps that have a carry or borrow."""
+    options = dict(min_ops=2, max_ops=4, modulus=100, slip=0.5, train=20_000, test=2_000)
+    if args.small:  # so easy that a hundred steps give right and wrong samples
+        options = dict(min_ops=1, max_ops=2, modulus=10, slip=0.0, train=2_000, test=200)
     return dict(
         name="arithmetic",
         split=split,
         data_dir="",
-        options=dict(min_ops=2, max_ops=4, modulus=100, slip=0.5, train=20_000, test=2_000),
+        options=options,
         template="{question}\n",
         max_prompt=MAX_PROMPT,
         max_length=MAX_LENGTH,
@@ -50,37 +54,64 @@ def labels(kind: str, file: str, rows: int) -> dict:
     )
 
 
-def get_config(arg: str | None = None) -> ConfigDict:
-    args = parse_arg(arg, seed=0, small=False)
-    shrink = 50 if args.small else 1
-    mesh = dict(data=-1, fsdp=1, tensor=1)
-    log = dict(every=10, samples_every=50, samples=4, show=("update/loss",))
-    run = dict(seed=args.seed, mesh=mesh, checkpoint=dict(every=200, keep=1), log=log)
-    sft = dict(
-        **run,
+def run(args: ConfigDict) -> dict:
+    """What all stages that train have in common."""
+    return dict(
+        seed=args.seed,
+        mesh=MESH,
+        checkpoint=dict(every=200, keep=1),
+        log=dict(every=10, samples_every=50, samples=4, show=("update/loss",)),
+    )
+
+
+def steps(count: int) -> dict:
+    """How long a stage trains."""
+    return dict(steps=count, max_skipped=3)
+
+
+def rollout(samples: int) -> dict:
+    """64 prompts, sampled as they are."""
+    return dict(
+        prompts=64,
+        samples=samples,
+        max_tokens=MAX_TOKENS,
+        max_draws=1,
+        sampling=dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0),
+    )
+
+
+def sft(args: ConfigDict) -> dict:
+    """Fine-tuning from random weights on demonstrations."""
+    demonstrations = dict(kind="texts", **data(args, "train"), weight=1.0, rows=64)
+    return dict(
+        **run(args),
         model=dict(name="small", init_from=""),
-        data=data("train"),
-        sources=dict(demonstrations=dict(kind="texts", **data("train"), weight=1.0, rows=64)),
-        optimizer=dict(learning_rate=2e-3, schedule="cosine", warmup=20),
+        data=data(args, "train"),
+        sources=dict(demonstrations=demonstrations),
+        optimizer=dict(learning_rate=2e-3, schedule="cosine", warmup=0 if args.small else 20),
         updates=dict(microbatches=1),
-        train=dict(steps=600 // shrink, max_skipped=3),
+        train=steps(120 if args.small else 600),
         eval=dict(every=600, sources=dict()),
     )
-    label = dict(
+
+
+def label_samples(args: ConfigDict) -> dict:
+    """Samples of the fine-tuned model with the verdicts of the exact checker."""
+    return dict(
         seed=args.seed,
-        mesh=mesh,
+        mesh=MESH,
         model=dict(init_from="{workdir}/sft"),
-        data=data("train"),
-        rollout=dict(
-            prompts=64,
-            samples=4,
-            max_tokens=MAX_TOKENS,
-            sampling=dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0),
-        ),
-        label=dict(problems=max(256, 1_280 // shrink), held_out=0.2, pairs=4),
+        data=data(args, "train"),
+        rollout=rollout(samples=4),
+        # problems, the share held out for the evaluation, pairs per problem
+        label=dict(problems=256 if args.small else 1_280, held_out=0.2, pairs=4),
     )
-    reward = dict(
-        **run,
+
+
+def reward(args: ConfigDict) -> dict:
+    """One trunk with an outcome and a process head."""
+    return dict(
+        **run(args),
         model=dict(init_from="{workdir}/sft"),
         reward=dict(score_heads=("outcome", "process")),
         data=dict(tokenizer="chars:" + ALPHABET),
@@ -89,25 +120,24 @@ def get_config(arg: str | None = None) -> ConfigDict:
             correctness=labels("correctness", "correctness.jsonl", 32),
             steps=labels("steps", "steps.jsonl", 64),
         ),
-        optimizer=dict(learning_rate=5e-4, schedule="cosine", warmup=10),
+        optimizer=dict(learning_rate=5e-4, schedule="cosine", warmup=0 if args.small else 10),
         updates=dict(microbatches=1, centre_coef=0.01),
-        train=dict(steps=200 // shrink, max_skipped=3),
+        train=steps(2 if args.small else 200),
         eval=dict(every=200, sources=dict()),
     )
+
+
+def policy(args: ConfigDict) -> dict:
+    """PPO against the two learned rewards and nothing else."""
     learned = dict(weight=1.0, init_from="{workdir}/reward")
-    policy = dict(
-        **{**run, "log": log | dict(every=1, samples_every=10, show=("objective/score",))},
+    return dict(
+        **run(args)
+        | dict(log=dict(every=1, samples_every=10, samples=4, show=("objective/score",))),
         model=dict(init_from="{workdir}/sft"),
         value=dict(init_from="outcome"),
-        data=data("train"),
+        data=data(args, "train"),
         extra=dict(),
-        rollout=dict(
-            prompts=64,
-            samples=4,
-            max_tokens=MAX_TOKENS,
-            max_draws=1,
-            sampling=dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0),
-        ),
+        rollout=rollout(samples=4),
         rewards=dict(
             outcome=dict(name="outcome_model", **learned, head="outcome", normalise=True, clip=3.0),
             process=dict(name="process_model", **learned, head="process"),
@@ -118,24 +148,23 @@ def get_config(arg: str | None = None) -> ConfigDict:
             value=dict(learning_rate=1e-3, schedule="constant", warmup=2),
         ),
         updates=dict(epochs=1, minibatches=2, microbatches=1),
-        train=dict(steps=40 if not args.small else 2, max_skipped=3),
+        train=steps(2 if args.small else 40),
     )
-    evaluation = dict(
+
+
+def evaluation(args: ConfigDict) -> dict:
+    """Problems of the test split and labels that were held out."""
+    return dict(
         seed=args.seed,
-        mesh=mesh,
+        mesh=MESH,
         model=dict(init_from=""),
         policies=dict(
             sft=dict(init_from="{workdir}/sft"), policy=dict(init_from="{workdir}/policy")
         ),
         modes=("sample", "greedy"),
-        problems=64 if args.small else 1_000,
-        data=data("test"),
-        rollout=dict(
-            prompts=64,
-            samples=1,
-            max_tokens=MAX_TOKENS,
-            sampling=dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0),
-        ),
+        problems=64 if args.small else 1_024,
+        data=data(args, "test"),
+        rollout=rollout(samples=1),
         reward=dict(
             init_from="{workdir}/reward",
             sources=dict(
@@ -145,11 +174,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
             ),
         ),
     )
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    args = parse_arg(arg, seed=0, small=False)
     stages = dict(
-        sft=dict(program="train_sft", config=sft),
-        labels=dict(program="label_samples", config=label),
-        reward=dict(program="train_reward", config=reward),
-        policy=dict(program="train_policy", config=policy),
-        evaluation=dict(program="evaluate", config=evaluation),
+        sft=dict(program="train_sft", config=sft(args)),
+        labels=dict(program="label_samples", config=label_samples(args)),
+        reward=dict(program="train_reward", config=reward(args)),
+        policy=dict(program="train_policy", config=policy(args)),
+        evaluation=dict(program="evaluate", config=evaluation(args)),
     )
     return ConfigDict(dict(seed=args.seed, order=tuple(stages), stages=stages))

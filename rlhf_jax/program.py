@@ -2,8 +2,8 @@
 
 import logging
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags
@@ -48,6 +48,26 @@ def set_up_logging() -> None:
     ours.propagate = False
 
 
+def fail(error: Exception) -> NoReturn:
+    """One line for the person at the keyboard."""
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(USAGE_ERROR)
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+    """The command line; a config file that is absent and a key that is unknown end at once."""
+    try:
+        rest = flags.FLAGS(argv)
+        if _CONFIG.value is not None:
+            _CONFIG.value.lock()  # raises what went wrong when the file was loaded
+        return rest
+    except (flags.Error, OSError, AttributeError, ValueError) as error:
+        # ml_collections wraps what went wrong in a report; the fault itself stands last.
+        lines = [line.strip() for line in str(error).replace("\\n", " ").splitlines()]
+        text = next((line for line in reversed(lines) if line), repr(error))
+        fail(ValueError(text.removeprefix("'").replace("\\'", "'")))
+
+
 def run_program(main: Callable[[ConfigDict, str], Any]) -> None:
     """Parses the command line and calls ``main(config, workdir)``.
 
@@ -64,8 +84,7 @@ def run_program(main: Callable[[ConfigDict, str], Any]) -> None:
             main(_CONFIG.value, _WORKDIR.value)
         except ValueError as error:
             logging.getLogger("rlhf_jax").debug("bad input", exc_info=True)
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(USAGE_ERROR)
+            fail(error)
 
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(start)
+    app.run(start, flags_parser=parse)

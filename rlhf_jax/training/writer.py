@@ -89,7 +89,7 @@ class Writer:
         self._folder = pathlib.Path(workdir)
         self._active = jax.process_index() == 0
         self._durations: deque[float] = deque(maxlen=_WINDOW)
-        self._last_progress: float | None = None
+        self._last_progress: tuple[int, float] | None = None  # steps done, and when
         if not self._active:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -128,9 +128,10 @@ class Writer:
     def progress(self, done: int, steps: int, values: Mapping[str, Any]) -> None:
         """Prints one line: steps done, time left by the median of recent steps, some metrics."""
         now = time.monotonic()
-        if self._last_progress is not None:
-            self._durations.append(now - self._last_progress)
-        self._last_progress = now
+        if self._last_progress is not None and done > self._last_progress[0]:
+            before, then = self._last_progress
+            self._durations.append((now - then) / (done - before))
+        self._last_progress = (done, now)
         if not self._active:
             return
         parts = [f"step {done}/{steps}"]

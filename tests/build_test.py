@@ -1,0 +1,89 @@
+"""Config sections become objects; what cannot work is named before any device is touched."""
+
+import jax.numpy as jnp
+import pytest
+from ml_collections import ConfigDict
+
+from configs.ppo_tiny import get_config
+from rlhf_jax import build
+from rlhf_jax.mesh import ShardingRules, make_mesh
+from rlhf_jax.policy_plan import make_plan
+from rlhf_jax.types import Needs
+
+
+def changed(**fields):
+    config = get_config()
+    config.update_from_flattened_dict(fields)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rollout.prompts": 6}, "rollout.prompts=6"),
+        ({"updates.minibatches": 3}, "does not divide"),
+        ({"mesh.data": 3}, "3"),
+        ({"algorithm.name": "ppq"}, "ppo"),
+        ({"rewards.outcome.name": "outcome_modle"}, "outcome_model"),
+        ({"model.name": "huge"}, "known sizes"),
+        ({"model.init_from": "/does/not/exist"}, "model.init_from"),
+        ({"value.init_from": "exact"}, "without a model"),
+        ({"data.max_prompt": 3}, "max_prompt"),
+        ({"data.options.modulus": 7}, "modulus=7"),
+        ({"rollout.sampling.top_p": 0.0}, "top_p"),
+        ({"optimizer.policy.schedule": "sine"}, "schedule='sine'"),
+        ({"data.name": "arithmetics"}, "arithmetics"),
+    ],
+)
+def test_bad_values_are_named_at_build(fields, message, tmp_path):
+    config = changed(**{"data.data_dir": str(tmp_path)} | fields)
+    with pytest.raises(ValueError, match=message):
+        make_plan(config)
+
+
+def test_unknown_keys_list_the_known_ones(tmp_path):
+    config = changed(**{"data.data_dir": str(tmp_path)})
+    config.algorithm = dict(name="ppo", kl_coeff=0.1)
+    with pytest.raises(ValueError, match=r"kl_coeff.*kl_coef"):
+        make_plan(config)
+
+
+def test_a_group_too_small_says_which_field_to_set():
+    config = changed(**{"rollout.samples": 1})
+    config.algorithm.name = "grpo"
+    mesh, rules = make_mesh({"data": 1}), ShardingRules()
+    with pytest.raises(ValueError, match=r"rollout\.samples=1 but grpo needs groups of 2"):
+        build.rollout(config, Needs(min_group=2), mesh, rules)
+    with pytest.raises(ValueError, match=r"add extra\.rehearsal"):
+        build.rollout(config, Needs(extra=("rehearsal",)), mesh, rules)
+
+
+def test_no_reward_is_an_error():
+    with pytest.raises(ValueError, match="rewards is empty"):
+        build.combined({})
+
+
+def test_a_reward_is_wrapped_in_the_order_normalise_clip_shrink():
+    section = ConfigDict(
+        dict(name="length", weight=1.0, per_token=1.0, free=0, normalise=True, clip=1.0, shrink=0.5)
+    )
+    made = build.reward("length", section, {})
+    state = made.init()
+    assert made.calibrate is not None
+    plain = build.reward("length", ConfigDict(dict(name="length", per_token=1.0, free=0)), {})
+    assert plain.calibrate is None
+    assert plain.name == made.name == "length"
+    assert state != plain.init()
+
+
+def test_a_factory_says_which_model_it_needs():
+    assert build.reward_model(ConfigDict(dict(name="length"))) is None
+    learned = build.reward_model(ConfigDict(dict(name="outcome_model", head="quality")))
+    assert learned == {"lm_head": False, "score_heads": ("quality",)}
+
+
+def test_sampling_values_are_traced_scalars():
+    values = ConfigDict(dict(temperature=0.7, top_k=5, top_p=1.0, min_p=0.0))
+    sampling = build.sampling(values)
+    assert sampling.truncates
+    assert sampling.temperature == jnp.float32(0.7)

@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from rlhf_jax.data.draws import Drawn, Draws
 from rlhf_jax.data.examples import ExampleSource, Row, encode_row, pad_rows, pick
 from rlhf_jax.data.sources import Record, RecordSource
-from rlhf_jax.text.steps import BLANK, mark_step_ends, split_steps, token_tables
+from rlhf_jax.text.steps import BLANK, mark_host_step_ends, split_steps, token_tables
 from rlhf_jax.text.template import render
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import Steps
@@ -45,27 +44,19 @@ def step_labels(
         template, max_length, seed, shuffle, overlong: see `texts`.
     """
     tables = token_tables(tokenizer)
-    mark = jax.jit(mark_step_ends)
 
     def encode(record: Record) -> _Solution:
-        listed = steps in record
-        given = list(record[steps]) if listed else split_steps(pick(record, completion))
-        known = _read_labels(record, labels, len(given))
-        found = [pair for pair in zip(given, known, strict=True) if pair[0].strip(BLANK)]
-        text = "\n".join(step for step, _ in found) if listed else pick(record, completion)
-        spread: list[float | None] = []
-        for step, label in found:
-            spread += [None] * (len(split_steps(step)) - 1) + [label]
+        text, spread = _lines(record, steps, labels, completion)
         if len(spread) > 1 and not tables.ends_step.any():
             raise ValueError("the vocabulary has no line break, so solutions have no steps")
-        return _Solution(encode_row(tokenizer, render(template, record), text), spread or [None])
+        return _Solution(encode_row(tokenizer, render(template, record), text), spread)
 
     def collate(drawn: Sequence[Drawn]) -> Steps:
         found: list[_Solution] = [one.encoded for one in drawn]
         texts = pad_rows([one.row for one in found], max_length, tokenizer.pad_id)
         prompt = np.array([one.row.prompt for one in found]).reshape(-1, 1)
         solution = texts.mask & (np.arange(max_length)[None] >= prompt)
-        marked = np.asarray(mark(texts.tokens, solution, tables))
+        marked = mark_host_step_ends(texts.tokens, solution, tables)
         ends, values = np.zeros(marked.shape, bool), np.zeros(marked.shape, np.float32)
         for index, (one, place) in enumerate(zip(found, drawn, strict=True)):
             columns = np.flatnonzero(marked[index]).tolist()
@@ -92,6 +83,21 @@ def step_labels(
         shuffle=shuffle,
     )
     return ExampleSource(draws, collate)
+
+
+def _lines(
+    record: Record, steps: str, labels: str, completion: tuple[str, ...]
+) -> tuple[str, list[float | None]]:
+    """The text of a record's solution and one label per line of it, at least one."""
+    listed = steps in record
+    given = list(record[steps]) if listed else split_steps(pick(record, completion))
+    known = _read_labels(record, labels, len(given))
+    found = [pair for pair in zip(given, known, strict=True) if pair[0].strip(BLANK)]
+    text = "\n".join(step for step, _ in found) if listed else pick(record, completion)
+    spread: list[float | None] = []
+    for step, label in found:
+        spread += [None] * (len(split_steps(step)) - 1) + [label]
+    return text, spread or [None]
 
 
 def _read_labels(record: Record, name: str, count: int) -> list[float | None]:

@@ -78,21 +78,34 @@ def mark_step_ends(
 
     `mask` covers the solution (not the prompt). Rows without valid tokens have no ends.
     """
-    breaks = jnp.asarray(tables.ends_step)[tokens] & mask
-    before = jnp.asarray(tables.text_before)[tokens] & mask
-    after = jnp.asarray(tables.text_after)[tokens] & mask
+    return _mark(jnp, jax.lax.cummax, tokens, mask, tables)
+
+
+def mark_host_step_ends(
+    tokens: Int[np.ndarray, "*B T"], mask: Bool[np.ndarray, "*B T"], tables: TokenTables
+) -> Bool[np.ndarray, "*B T"]:
+    """`mark_step_ends` in numpy: a process prepares its own rows without touching devices, which
+    under a mesh of several processes would all have to run the same program."""
+    return _mark(np, np.maximum.accumulate, tokens, mask, tables)
+
+
+def _mark(xp, cummax, tokens: Array, mask: Array, tables: TokenTables) -> Array:
+    """The rule, for numpy and jax.numpy."""
+    breaks = xp.asarray(tables.ends_step)[tokens] & mask
+    before = xp.asarray(tables.text_before)[tokens] & mask
+    after = xp.asarray(tables.text_after)[tokens] & mask
+    column = xp.broadcast_to(xp.arange(tokens.shape[-1], dtype=xp.int32), tokens.shape)
     axis = tokens.ndim - 1
-    column = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, axis)
 
     # A line is open behind token t if visible text came at or after the last break.
-    last_text = jax.lax.cummax(jnp.where(after, column, -1), axis=axis)
-    last_break = jax.lax.cummax(jnp.where(breaks, column, -1), axis=axis)
+    last_text = cummax(xp.where(after, column, -1), axis=axis)
+    last_break = cummax(xp.where(breaks, column, -1), axis=axis)
     opened = (last_text >= last_break) & (last_text >= 0)
-    opened_before = jnp.roll(opened, 1, axis=axis) & (column > 0)
+    opened_before = xp.roll(opened, 1, axis=axis) & (column > 0)
     closes = breaks & (before | opened_before)
 
     # The last line ends with the row, so a break counts only where visible text follows.
-    final_text = jnp.max(jnp.where(before | after, column, -1), axis=axis, keepdims=True)
+    final_text = xp.max(xp.where(before | after, column, -1), axis=axis, keepdims=True, initial=-1)
     closes = closes & (after | (column < final_text))
-    final = jnp.max(jnp.where(mask, column, -1), axis=axis, keepdims=True)
+    final = xp.max(xp.where(mask, column, -1), axis=axis, keepdims=True, initial=-1)
     return closes | (column == final)

@@ -101,6 +101,7 @@ def test_rows_padding_and_masks():
         mask[row // 2, row % 2, : len(ids)] = True
     ends = np.asarray(mark(tokens, mask, tables))
     assert [np.flatnonzero(e).tolist() for e in ends.reshape(4, 6)] == [[1, 3], [], [2], [1]]
+    np.testing.assert_array_equal(steps.mark_host_step_ends(tokens, mask, tables), ends)
     # Behind a prompt: its lines are not steps, and an open prompt line opens none.
     prompted = np.array([BYTES.encode("q\nA:\nx\ny")], np.int32)
     under = np.arange(8)[None] >= 4
@@ -113,7 +114,9 @@ def test_random_bytes_agree_with_the_loop_and_the_splitter():
     tables = steps.token_tables(BYTES)
     tokens = rng.choice(characters, (300, 12)).astype(np.int32)
     valid = rng.integers(0, 13, 300)
-    ends = np.asarray(mark(tokens, np.arange(12) < valid[:, None], tables))
+    mask = np.arange(12) < valid[:, None]
+    ends = np.asarray(mark(tokens, mask, tables))
+    np.testing.assert_array_equal(steps.mark_host_step_ends(tokens, mask, tables), ends)
     for row in range(300):
         text = BYTES.decode(tokens[row, : valid[row]])
         assert np.flatnonzero(ends[row]).tolist() == slow_ends(text, valid[row])

@@ -283,7 +283,7 @@ def test_heads_and_adapters_are_drawn_from_the_key(tmp_path):
         load(folder, overrides=overrides)
     key = jax.random.key(7)
     config, params = load(folder, overrides=overrides, key=key)
-    drawn = flat(decoder(config).init(key))
+    drawn = flat(jax.jit(decoder(config).init)(key))
     got, plain = flat(params), flat(load(folder)[1])
     assert set(got) == set(drawn)
     fresh = set(got) - set(plain)

@@ -111,14 +111,14 @@ main() {
     writer=$python
     run_benchmarks
   else
-    local venv=${RLHF_VENV:-.venv}
-    [[ $venv == /* || -z ${RLHF_VENV:-} ]] || venv=$invoked_from/$venv
+    local venv=${RLHF_VENV:-$PWD/.venv}
+    [[ $venv == /* ]] || venv=$invoked_from/$venv
     python=$venv/bin/python
     writer=python3
     # shellcheck disable=SC2086 # empty on purpose where there is no extra
     if RLHF_VENV=$venv run_part setup 240 bash launch/setup.sh $setup_extra test; then
       writer=$python
-      export PATH=$PWD/$venv/bin:$PATH
+      export PATH=$venv/bin:$PATH
       run_benchmarks
     fi
   fi

@@ -70,7 +70,8 @@ def versions_of(folder: pathlib.Path) -> tuple[str, str]:
         line = last_json(path.read_text()) if path.exists() else None
         if line:
             versions = ", ".join(f"{k} {v}" for k, v in line["versions"].items())
-            return line["device"], versions
+            shapes = ", shrunken shapes" if line["small"] else ""
+            return line["device"] + shapes, versions
     return "unknown", "unknown: no benchmark ran to its end"
 
 

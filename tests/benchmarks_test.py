@@ -83,6 +83,7 @@ def write_parts(folder, parts):
     (folder / "parts.tsv").write_text("".join("\t".join(part) + "\n" for part in parts))
     line = {
         "device": "Some GPU",
+        "small": False,
         "versions": {"jax": "1.2"},
         "figures": {"rows_8": {"tokens_per_s": 2500.0, "share_of_copy_ceiling": 0.25}},
     }
@@ -130,7 +131,7 @@ def run_script(tmp_path, body, *arguments):
 
 
 GOOD = """
-[[ $2 != benchmarks.* ]] || echo '{"device": "d", "versions": {}, "figures": {}}'
+[[ $2 != benchmarks.* ]] || echo '{"device": "d", "small": true, "versions": {}, "figures": {}}'
 for a in "$@"; do
   [[ $a != --workdir=* ]] || { mkdir -p "${a#*=}"; echo '{"steps": 12}' >"${a#*=}/summary.json"; }
 done
@@ -146,6 +147,7 @@ def test_script_runs_every_part(tmp_path):
     assert calls[3].startswith("-m rlhf_jax.train_policy --config=configs/ppo_tiny.py")
     assert calls[4].startswith("-m pytest")
     assert "| ppo_tiny | ok | 0 | steps 12 |" in page
+    assert "- Device: d, shrunken shapes, driver" in page
     assert "Every part ended well." in page
 
 
@@ -168,6 +170,22 @@ def test_script_names_what_ran_out_of_time(tmp_path):
     assert "- **ppo_tiny**: not started: out of time" in page
     assert "- **tests**: not started: out of time" in page
     assert len(calls) == 3
+
+
+def test_script_says_when_not_even_the_set_up_works(tmp_path):
+    environment = {"PYTHON": "/bin/false", "RLHF_VENV": "env", "PATH": os.environ["PATH"]}
+    done = subprocess.run(
+        ["bash", ROOT / "benchmarks/gpu.sh", "--small", "--out", "page.md"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "PYTHON=/bin/false does not run" in done.stderr
+    page = (tmp_path / "page.md").read_text()
+    assert "- **setup**: failed with status 1" in page
+    assert "unknown: no benchmark ran to its end" in page
 
 
 @pytest.mark.slow

@@ -68,7 +68,7 @@ def make_plan(config: ConfigDict) -> PolicyPlan:
         sizes=sizes,
         sampling=build.sampling(config.rollout.sampling),
         tokenizer=text,
-        tables=token_tables(text),
+        tables=token_tables(text, vocab_size=described["policy"].vocab_size),
         prompts=prompts,
         extra={
             name: build.examples(f"extra.{name}", config.extra[name], text, config.seed)

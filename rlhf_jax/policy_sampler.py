@@ -48,7 +48,7 @@ class PolicySampler:
         self._prompts = build.prompts(config, self.text)
         described = roles.describe(config.model, self.text.vocab_size)
         self._model = decoder(described, rules)
-        self._tables = token_tables(self.text)
+        self._tables = token_tables(self.text, vocab_size=described.vocab_size)
         self._params = None
 
         def sample(params, prompts, key, sampling, tables):

@@ -51,7 +51,7 @@ def test_unknown_keys_list_the_known_ones(tmp_path):
 def test_a_group_too_small_says_which_field_to_set():
     config = changed(**{"rollout.samples": 1})
     config.algorithm.name = "grpo"
-    mesh, rules = make_mesh({"data": 1}), ShardingRules()
+    mesh, rules = make_mesh({"data": -1}), ShardingRules()
     with pytest.raises(ValueError, match=r"rollout\.samples=1 but grpo needs groups of 2"):
         build.rollout(config, Needs(min_group=2), mesh, rules)
     with pytest.raises(ValueError, match=r"add extra\.rehearsal"):

@@ -1,0 +1,57 @@
+"""Evaluation: exact answers, intervals, and the stages of a pipeline."""
+
+import pytest
+from ml_collections import ConfigDict
+
+from rlhf_jax.evaluate import accuracies, is_exact
+from rlhf_jax.pipeline import check, place
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "exact"),
+    [
+        ("37+8=45\n#### 45", "37+8=45\n#### 45", True),
+        ("#### 45.0", "45", True),
+        ("#### 1,234", "1234", True),
+        ("#### 44\n#### 45", "#### 45", True),  # the last marker counts
+        ("45", "#### 45", False),
+        ("#### forty-five", "#### 45", False),
+        ("", "#### 45", False),
+    ],
+)
+def test_the_number_after_the_last_marker_decides(completion, answer, exact):
+    assert is_exact(completion, answer) is exact
+
+
+def test_accuracies_are_named_by_stage_and_mode():
+    rows = [dict(stage="sft", mode="sample", correct=c) for c in (True, True, False, False)]
+    rows += [dict(stage="sft", mode="greedy", correct=True)]
+    numbers = accuracies(rows)
+    assert numbers["sft/accuracy"] == 0.5
+    assert numbers["sft/accuracy_low"] < 0.5 < numbers["sft/accuracy_high"]
+    assert numbers["sft/greedy_accuracy"] == numbers["sft/greedy_accuracy_high"] == 1.0
+
+
+def test_the_workdir_is_put_in_place_everywhere():
+    values = {"a": "{workdir}/sft", "b": [{"c": "jsonl:{workdir}/x"}], "d": 1}
+    assert place(values, "run") == {"a": "run/sft", "b": [{"c": "jsonl:run/x"}], "d": 1}
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        ((), "order="),
+        (("one", "one"), "once"),
+        (("two",), "stages has one"),
+    ],
+)
+def test_bad_orders_are_named(order, message):
+    stages = dict(one=dict(program="train_sft", config=dict()))
+    with pytest.raises(ValueError, match=message):
+        check(ConfigDict(dict(order=order, stages=stages)))
+
+
+def test_an_unknown_program_lists_the_known_ones():
+    stages = dict(one=dict(program="train_stf", config=dict()))
+    with pytest.raises(ValueError, match="train_sft"):
+        check(ConfigDict(dict(order=("one",), stages=stages)))

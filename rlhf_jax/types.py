@@ -190,13 +190,13 @@ class Sampling:
 
 @pytree
 class Cache:
-    """Keys and values per layer, [B G C Dh] each; `length` counts the columns written per row
-    and `mask` tells which columns hold a real token."""
+    """Keys and values per layer, [B G C Dh] each; `length` counts the columns written, one number
+    for all rows or one per row, and `mask` tells which columns hold a real token."""
 
     keys: tuple[Float[Array, "B G C Dh"], ...]
     values: tuple[Float[Array, "B G C Dh"], ...]
     mask: Bool[Array, "B C"]
-    length: Int[Array, " B"]
+    length: Int[Array, ""] | Int[Array, " B"]
 
 
 @pytree

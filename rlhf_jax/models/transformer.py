@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from rlhf_jax.mesh import ShardingRules, constrain
-from rlhf_jax.models.blocks import Block, RMSNorm, rope
+from rlhf_jax.models.blocks import Block, RMSNorm, rope, write_columns
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.heads import ScalarHead, kernel_scale
 from rlhf_jax.types import Array, Cache, ModelOutput, Params
@@ -130,7 +130,7 @@ def decoder(config: ModelConfig, rules: ShardingRules = ShardingRules()) -> Mode
             keys=(empty,) * config.layers,
             values=(empty,) * config.layers,
             mask=jnp.zeros((batch, length), bool),
-            length=jnp.zeros(batch, jnp.int32),
+            length=jnp.zeros((), jnp.int32),
         )
 
     return Model(config, rules, init, axes, apply, logits, scores, init_cache, unstack_layers)
@@ -215,9 +215,8 @@ def _cached_pass(block, layers, x, rotary, mask, cache):
     if not isinstance(layers, list):
         raise ValueError("a cache needs params from model.unstack(params), made before the loop")
     size = mask.shape[1]
-    write = jax.vmap(lambda row, part, at: jax.lax.dynamic_update_slice(row, part, (at,)))
-    columns = write(cache.mask, mask, cache.length)
-    here = cache.length[:, None] + jnp.arange(size)[None]  # [B S]
+    columns = write_columns(cache.mask, mask, cache.length, axis=1)
+    here = jnp.reshape(cache.length, (-1, 1)) + jnp.arange(size)[None]  # [B S], or [1 S]
     earlier = jnp.arange(columns.shape[1])[None, None] <= here[:, :, None]
     attend = columns[:, None, :] & earlier
     keys, values = [], []

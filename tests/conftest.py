@@ -2,10 +2,17 @@
 
 import os
 import pathlib
+import sys
 
-# Before jax is imported: the device count is read once.
+# Before jax is imported: flags are read once. Most of a test's time is compilation, and LLVM's
+# optimisations are most of that; `--all` tests with them, as do the runs of run_test.py. Test
+# workers have no command line of their own and inherit the decision.
+os.environ["RLHF_TEST_XLA_LEVEL"] = os.environ.get(
+    "RLHF_TEST_XLA_LEVEL", "3" if "--all" in sys.argv else "0"
+)
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4 "
+    f"--xla_backend_optimization_level={os.environ['RLHF_TEST_XLA_LEVEL']}"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 

@@ -144,9 +144,7 @@ def test_constrain_drops_manual_axes_inside_shard_map():
 
     x = np.arange(32, dtype=np.float32).reshape(4, 8)
     with jax.set_mesh(mesh):
-        mapped = jax.shard_map(
-            local, in_specs=P("data"), out_specs=P("data"), axis_names={"data"}
-        )
+        mapped = jax.shard_map(local, in_specs=P("data"), out_specs=P("data"), axis_names={"data"})
         out = jax.jit(mapped)(shard_batch(mesh, RULES, x))
     np.testing.assert_array_equal(out, 2 * x)
     assert "sharding_constraint" in seen[0] and "'tensor'" in seen[0]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import build, roles
@@ -14,7 +15,12 @@ from rlhf_jax.models.lora import partition
 from rlhf_jax.models.transformer import decoder
 from rlhf_jax.policy_plan import PolicyPlan
 from rlhf_jax.sampling.sampler import generate
-from rlhf_jax.training.experience import COMPILER_OPTIONS, compile_evaluate, make_evaluate_step
+from rlhf_jax.training.experience import (
+    compile_evaluate,
+    compile_score,
+    constrain_rows,
+    make_evaluate_step,
+)
 from rlhf_jax.training.keys import Purpose, step_key
 from rlhf_jax.training.monitor import batch_metrics
 from rlhf_jax.training.selection import refill
@@ -117,7 +123,7 @@ def start(plan: PolicyPlan) -> tuple[PolicyRun, RunState]:
     state = RunState(
         train=train,
         reference=reference,
-        rewards={place: reward.init() for place, reward in rewards.items()},
+        rewards={place: _initial(reward) for place, reward in rewards.items()},
         controllers={},
         carry={},
         data_position={name: np.asarray(0, np.int32) for name in names},
@@ -175,6 +181,12 @@ def _rewards(plan: PolicyPlan, learned: Mapping[str, Params]) -> dict[str, Rewar
     return build.combined(members)
 
 
+def _initial(reward: Reward) -> Any:
+    """A reward's state at step 0; of an online one in buffers of its own, as updates donate it."""
+    state = reward.init()
+    return jax.tree.map(jnp.copy, state) if reward.update else state
+
+
 def _compile(plan: PolicyPlan, rewards: Mapping[str, Reward], train: TrainState) -> Steps:
     config, sizes, models, algorithm = plan.config, plan.sizes, plan.models, plan.algorithm
     temperature = config.rollout.sampling.temperature
@@ -189,6 +201,16 @@ def _compile(plan: PolicyPlan, rewards: Mapping[str, Reward], train: TrainState)
 
     def monitor(experience, policy_out):
         return batch_metrics(experience, policy_out.entropy, reference=needs.reference)
+
+    # Scores and refilled batches lie like rollouts do, wherever they come from: else a batch
+    # that was drawn once and one that was refilled would each compile the steps after them.
+    def score(state, rollouts):
+        scores, state = device.score(state, rollouts)
+        return constrain_rows(scores, plan.rules), state
+
+    def refill_groups(kept, kept_signal, fresh, fresh_signal):
+        batch, signal = refill(kept, kept_signal, fresh, fresh_signal)
+        return constrain_rows(batch, plan.rules), signal
 
     device, select = rewards.get("device"), algorithm.select
     evaluate = make_evaluate_step(models, needs, temperature=temperature, rows=sizes.rows)
@@ -205,12 +227,12 @@ def _compile(plan: PolicyPlan, rewards: Mapping[str, Reward], train: TrainState)
     online = device is not None and device.update is not None
     return Steps(
         generate=jax.jit(sample),
-        score=device and jax.jit(device.score, compiler_options=COMPILER_OPTIONS),
+        score=device and compile_score(score),
         evaluate=compile_evaluate(evaluate, plan.mesh),
         monitor=jax.jit(monitor),
         update=compile_update(update, train, plan.mesh),
         select=select and jax.jit(lambda scores: select(scores, sizes.samples)),
-        refill=jax.jit(refill) if select else None,
+        refill=jax.jit(refill_groups) if select else None,
         update_rewards=jax.jit(device.update, donate_argnums=0) if online else None,
     )
 

@@ -7,14 +7,36 @@ task is to write one token, whose share among the sampled tokens is the reward; 
 import json
 import pathlib
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from configs.ppo_tiny import get_config
 from rlhf_jax import policy_run
 from rlhf_jax.train_policy import train_policy
 
 TOKEN = 5
-STEPS = 24
+STEPS = 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_programs(tmp_path_factory):
+    """Toys share most programs (sampling, say): what one compiled, the next ones load."""
+    values = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+        # Compiling takes most of the time, and a few small steps do not repay optimisation.
+        "jax_disable_most_optimizations": True,
+    }
+    before = {name: jax.config.values[name] for name in values}
+    for name, value in values.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def toy_config(algorithm, **rewards):
@@ -35,7 +57,7 @@ def toy_config(algorithm, **rewards):
 
 
 def run(config, workdir, monkeypatch):
-    """Trains; returns the score per step. Asserts that every step was compiled once."""
+    """Trains; returns the metrics per step and the last state. Every step is compiled once."""
     started = []
     start = policy_run.start
 
@@ -45,7 +67,7 @@ def run(config, workdir, monkeypatch):
         return made, state
 
     monkeypatch.setattr(policy_run, "start", remember)
-    train_policy(config, str(workdir))
+    state = train_policy(config, str(workdir))
     compiled = {
         name: step._cache_size()
         for name, step in started[0].steps._asdict().items()
@@ -54,13 +76,23 @@ def run(config, workdir, monkeypatch):
     assert compiled.keys() >= {"generate", "evaluate", "update"}
     assert set(compiled.values()) == {1}, compiled
     rows = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(row) for row in rows]
+    return [json.loads(row) for row in rows], state
+
+
+def leaf_names(tree):
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return {path[-1].key for path in paths}
 
 
 def assert_learnt(rows, name="reward/likes"):
     scores = [row[name] for row in rows]
     first, last = sum(scores[:3]) / 3, sum(scores[-3:]) / 3
     assert last > first + 0.25, scores
+
+
+def test_toys_are_short():
+    for path in pathlib.Path(__file__).with_name("toys").glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 40, path.name
 
 
 @pytest.mark.parametrize(
@@ -74,44 +106,58 @@ def assert_learnt(rows, name="reward/likes"):
     ids=lambda algorithm: algorithm["name"].rpartition(".")[2],
 )
 def test_an_algorithm_is_one_file(algorithm, tmp_path, monkeypatch):
-    assert_learnt(run(toy_config(algorithm), tmp_path, monkeypatch))
+    rows, state = run(toy_config(algorithm), tmp_path, monkeypatch)
+    assert_learnt(rows)
+    critic = {"value"} if algorithm["name"] == "ppo" else set()
+    assert state.train.params.keys() == state.train.opt_state.keys() == {"policy"} | critic
 
 
 def test_dynamic_sampling_refills_groups(tmp_path, monkeypatch):
     config = toy_config(dict(name="tests.toys.dynamic"))
     config.rollout.max_draws = 3
-    assert_learnt(run(config, tmp_path, monkeypatch))
+    rows, state = run(config, tmp_path, monkeypatch)
+    assert_learnt(rows)
+    assert state.data_position["prompts"] > STEPS * config.rollout.prompts  # drew more than once
 
 
 def test_an_online_reward_learns_beside_the_policy(tmp_path, monkeypatch):
     likes = dict(name="tests.toys.likes", weight=1.0, token=TOKEN)
     implicit = dict(name="tests.toys.implicit", weight=0.1, init_from="")
     config = toy_config(dict(name="tests.toys.prime"), likes=likes, implicit=implicit)
-    rows = run(config, tmp_path, monkeypatch)
+    rows, _ = run(config, tmp_path, monkeypatch)
     assert_learnt(rows)
     losses = [row["implicit/reward/implicit_loss"] for row in rows]
     assert losses[-1] < losses[0]
 
 
 def test_rehearsal_rows_train_beside_the_policy(tmp_path, monkeypatch):
-    config = toy_config(dict(name="tests.toys.rehearsal", weight=0.05))
+    config = toy_config(dict(name="tests.toys.rehearsal", weight=0.5))
     section = dict(kind="texts", max_length=64, rows=8, weight=1.0)
     config.extra = {"rehearsal": {**config.data.to_dict(), **section}}
-    rows = run(config, tmp_path, monkeypatch)
+    rows, state = run(config, tmp_path, monkeypatch)
     assert_learnt(rows)
     losses = [row["loss/rehearsal"] for row in rows]
     assert losses[-1] < losses[0]
+    assert state.data_position["extra/rehearsal"] == STEPS * 8
 
 
 def test_roles_are_adapters_on_one_frozen_base(tmp_path, monkeypatch):
     config = toy_config(dict(name="ppo", kl_coef=0.001))
     config.model.lora_rank = 4
-    for role in ("policy", "value"):
-        config.optimizer[role].learning_rate = 2e-2
-    assert_learnt(run(config, tmp_path, monkeypatch))
+    # The tied table of the base is frozen too: at width 64 and 0.02 per entry its logits could
+    # not go beyond 64 * 0.02, a share of 1/6 for the best token.
+    config.model.width = 256
+    rows, state = run(config, tmp_path, monkeypatch)
+    assert_learnt(rows)
+    policy, value = state.train.params["policy"], state.train.params["value"]
+    assert leaf_names(policy) == {"lora_a", "lora_b"}
+    assert leaf_names(value) == {"lora_a", "lora_b", "kernel", "bias"}  # and its head
+    assert "table" in leaf_names(state.reference)  # the base is the reference, kept once
 
 
 def test_a_value_head_on_the_policy_trunk(tmp_path, monkeypatch):
     config = toy_config(dict(name="ppo", kl_coef=0.0, value_coef=0.1))
     config.model.score_heads = ("value",)
-    assert_learnt(run(config, tmp_path, monkeypatch))
+    rows, state = run(config, tmp_path, monkeypatch)
+    assert_learnt(rows)
+    assert state.train.params.keys() == {"policy"}

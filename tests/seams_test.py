@@ -68,10 +68,12 @@ def run(config, workdir, monkeypatch):
 
     monkeypatch.setattr(policy_run, "start", remember)
     state = train_policy(config, str(workdir))
+    steps = started[0].steps._asdict()
+    steps["score"] = steps["score"] and steps["score"].compiled
     compiled = {
         name: step._cache_size()
-        for name, step in started[0].steps._asdict().items()
-        if hasattr(step, "_cache_size") and step._cache_size()
+        for name, step in steps.items()
+        if step is not None and step._cache_size()
     }
     assert compiled.keys() >= {"generate", "evaluate", "update"}
     assert set(compiled.values()) == {1}, compiled

@@ -39,7 +39,7 @@ main() {
     shift
   done
   workdir=${workdir:-$root/runs/quickstart}
-  [[ $workdir == /* || $workdir == gs://* ]] || workdir=$PWD/$workdir
+  [[ $workdir == /* || $workdir == *://* ]] || workdir=$PWD/$workdir
 
   cd "$root"
   RLHF_VENV=$venv bash launch/setup.sh --quiet

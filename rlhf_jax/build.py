@@ -29,6 +29,8 @@ KINDS = {"texts": texts, "pairs": pairs, "correctness": correctness, "steps": st
 # Keys of a source's section: where its records come from, and what the run does with them.
 _SOURCE = ("name", "split", "data_dir", "options")
 _RUN = ("kind", "weight", "rows", "max_prompt", "tokenizer")
+# What a reward's factory gets if it names it among its parameters.
+RESOURCES = ("model", "params", "mesh", "decode", "records", "rows")
 # Keys of a reward's section that wrap the reward; all others go to its factory.
 _WRAPPERS = ("name", "weight", "init_from", "normalise", "clip", "shrink")
 
@@ -170,6 +172,19 @@ def reward_model(section: ConfigDict) -> dict[str, Any] | None:
     if "head" not in wanted:
         return {"lm_head": True, "score_heads": ()}
     return {"lm_head": False, "score_heads": (section.get("head", wanted["head"].default),)}
+
+
+def check_reward(label: str, section: ConfigDict) -> None:
+    """Raises a ValueError if the factory does not take the section's keys; builds nothing."""
+    factory = find.find("rewards", section.name)
+    values = {k: v for k, v in section.to_dict().items() if k not in _WRAPPERS}
+    known = inspect.signature(factory).parameters
+    try:
+        inspect.signature(factory).bind(**dict.fromkeys(set(RESOURCES) & set(known)), **values)
+    except TypeError as error:
+        raise ValueError(f"rewards.{label}: {error}; it takes: {', '.join(known)}") from error
+    if section.get("clip", 0.0) < 0:
+        raise ValueError(f"rewards.{label}.clip={section.clip}; wanted 0 (off) or a limit")
 
 
 def reward(label: str, section: ConfigDict, resources: Mapping[str, Any]) -> Reward:

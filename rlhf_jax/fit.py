@@ -83,6 +83,8 @@ def plan(config: ConfigDict, role: str, kinds: tuple[str, ...], **changes: Any) 
         label: build.examples(f"eval.sources.{label}", section, text, config.seed)
         for label, section in config.eval.sources.items()
     }
+    for label, source in held_out.items():
+        check_rows(f"eval.sources.{label}", config.eval.sources[label], source)
     described = roles.describe(config.model, text.vocab_size, **changes)
     optimizer = build.optimizer("optimizer", config.optimizer, config.train.steps)
     return Fit(
@@ -96,6 +98,12 @@ def plan(config: ConfigDict, role: str, kinds: tuple[str, ...], **changes: Any) 
         held_out,
         optimizer,
     )
+
+
+def check_rows(path: str, section: ConfigDict, source: ExampleSource) -> None:
+    """Raises a ValueError for a held-out source that does not fill one batch."""
+    if len(source) < section.rows:
+        raise ValueError(f"{path}.rows={section.rows} but the source has {len(source)} records")
 
 
 def create(fit: Fit) -> RunState:
@@ -129,7 +137,7 @@ def fetch(fit: Fit, sources: Mapping[str, ExampleSource], sections, positions) -
 
 
 def evaluator(fit: Fit):
-    """A function (params, frozen) -> metrics over all held-out sources, each read once."""
+    """A function (params, frozen) -> metrics over every whole batch of the held-out sources."""
     if not fit.held_out:
         return lambda params, frozen: {}
     sections = fit.config.eval.sources
@@ -145,7 +153,7 @@ def evaluator(fit: Fit):
     def evaluate(params: Mapping[str, Params], frozen: Mapping[str, Params]):
         total = {}
         for name, source in fit.held_out.items():
-            for batch in range(max(1, len(source) // sections[name].rows)):
+            for batch in range(len(source) // sections[name].rows):
                 position = {name: batch * sections[name].rows}
                 mixture = fetch(fit, {name: source}, sections, position)
                 total = add(total, steps[name](params, frozen, mixture))

@@ -46,10 +46,10 @@ def check(prompt: str, question: str, completion: str, ended: bool, modulus: int
 
 
 def pairs(group: list[Sample], limit: int, rng: random.Random) -> Iterator[tuple[Sample, Sample]]:
-    """Up to ``limit`` pairs of a right and a wrong sample that both ended, without repeats."""
-    right = [sample for sample in group if sample.correct]
-    wrong = [sample for sample in group if sample.ended and not sample.correct]
-    both = [(a, b) for a in right for b in wrong if a.completion != b.completion]
+    """Up to ``limit`` pairs of a right and a wrong sample that both ended, each text once."""
+    right = {sample.completion: sample for sample in group if sample.correct}
+    wrong = {s.completion: s for s in group if s.ended and not s.correct}
+    both = [(a, b) for a in right.values() for b in wrong.values()]
     yield from rng.sample(both, min(limit, len(both)))
 
 
@@ -73,6 +73,16 @@ def rows_of(group: list[Sample], limit: int, rng: random.Random) -> dict[str, li
     }
 
 
+def check_config(config: ConfigDict) -> None:
+    """Raises a ValueError for what cannot be labelled."""
+    if config.data.name != "arithmetic":
+        raise ValueError(
+            f"data.name={config.data.name!r} has no exact checker of steps; only 'arithmetic' has"
+        )
+    if not 0 <= config.label.held_out < 1:
+        raise ValueError(f"label.held_out={config.label.held_out}; wanted a share below 1")
+
+
 def label_samples(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """Samples, labels and writes; returns the summary.
 
@@ -80,7 +90,13 @@ def label_samples(config: ConfigDict, workdir: str) -> dict[str, Any]:
         ValueError: for bad input, before any device is touched.
     """
     started = time.time()
+    check_config(config)
     sampler = PolicySampler(config, Purpose.EVALUATE)
+    if len(sampler) < config.label.problems:
+        raise ValueError(
+            f"label.problems={config.label.problems} but data.split={config.data.split!r} has "
+            f"{len(sampler)}: a problem must not come twice"
+        )
     folder = run_folder.prepare(workdir, config, {})
     held_out = round(config.label.problems * config.label.held_out)
     rng = random.Random(config.seed)

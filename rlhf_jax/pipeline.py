@@ -76,11 +76,12 @@ def pipeline(config: ConfigDict, workdir: str) -> dict[str, Any]:
     seconds = {}
     for name, stage in stages:
         done = folder / name / "summary.json"
-        if not done.exists():
+        if not run_folder.agreed(done.exists()):
             begun = time.time()
             _log.info("stage %s: %s", name, stage.program)
             own = ConfigDict(place(stage.config.to_dict(), str(folder)))
             PROGRAMS[stage.program](own, str(folder / name))
+            run_folder.barrier(f"stage {name}")
             seconds[f"seconds/{name}"] = round(time.time() - begun, 1)
     summary = json.loads(pathlib.Path(done).read_text())
     if jax.process_index() == 0:

@@ -94,11 +94,15 @@ def describe_models(
     """
     policy = roles.describe(config.model, vocab_size)
     described = {"policy": policy}
+    if not config.rewards:
+        raise ValueError("rewards is empty: name at least one reward")
     for label, section in config.rewards.items():
+        build.check_reward(label, section)
         changes = build.reward_model(section)
         if changes is not None:
             changes = changes | {"lora_rank": 0}
             start = section.get("init_from", "")
+            roles.check_heads(f"rewards.{label}", start, changes["score_heads"])
             described[f"reward/{label}"] = _start(start, policy, vocab_size, changes)
     if algorithm.needs.value and "value" not in policy.score_heads:
         start = config.value.init_from

@@ -1,6 +1,8 @@
 """What every command line shares: flags, joining a distributed job, one clear line on bad input."""
 
 import logging
+import os
+import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -48,9 +50,24 @@ def set_up_logging() -> None:
     ours.propagate = False
 
 
+def is_ours(error: BaseException) -> bool:
+    """Whether ``error`` was raised in this package, not in a library that it called."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    folder = pathlib.Path(__file__).parent
+    return last is not None and folder in pathlib.Path(last.tb_frame.f_code.co_filename).parents
+
+
 def fail(error: Exception) -> NoReturn:
-    """One line for the person at the keyboard."""
-    print(f"error: {error}", file=sys.stderr)
+    """One line for the person at the keyboard.
+
+    In a distributed job the process ends without waiting for the others at the exit: they may
+    be waiting for this one, and its end is what tells them.
+    """
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized():
+        os._exit(USAGE_ERROR)
     sys.exit(USAGE_ERROR)
 
 
@@ -71,8 +88,8 @@ def parse(argv: Sequence[str]) -> list[str]:
 def run_program(main: Callable[[ConfigDict, str], Any]) -> None:
     """Parses the command line and calls ``main(config, workdir)``.
 
-    A `ValueError` is bad input from a person: one line on stderr and exit status 2. Everything
-    else is a fault and keeps its traceback.
+    A `ValueError` that this package raised is bad input from a person: one line on stderr and
+    exit status 2. Everything else is a fault and keeps its traceback.
     """
 
     def start(argv: list[str]) -> None:
@@ -83,7 +100,8 @@ def run_program(main: Callable[[ConfigDict, str], Any]) -> None:
             join_job()
             main(_CONFIG.value, _WORKDIR.value)
         except ValueError as error:
-            logging.getLogger("rlhf_jax").debug("bad input", exc_info=True)
+            if not is_ours(error):
+                raise
             fail(error)
 
     flags.mark_flags_as_required(["config", "workdir"])

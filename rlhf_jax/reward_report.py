@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rlhf_jax import build, roles, run_folder
-from rlhf_jax.fit import head_names
+from rlhf_jax.fit import check_rows, head_names
 from rlhf_jax.mesh import fetch_host, shard_rows
 from rlhf_jax.models.completions import evaluate_texts
 from rlhf_jax.models.transformer import decoder
@@ -43,6 +43,7 @@ def report(config: ConfigDict) -> dict[str, float]:
         forward = jax.jit(lambda params, texts: evaluate_texts(model, params, {}, texts).scores)
         for label, section in config.reward.sources.items():
             source = build.examples(f"reward.sources.{label}", section, text, config.seed)
+            check_rows(f"reward.sources.{label}", section, source)
             batches = _batches(source, section.rows, mesh, rules)
 
             def score(texts: Texts, head: str) -> jax.Array:

@@ -26,6 +26,7 @@ from rlhf_jax.types import Params
 
 # What a role may set itself when the rest comes from a checkpoint.
 OWN_FIELDS = ("param_dtype", "compute_dtype", "remat", "logprob_chunk")
+_ADAPTERS = ("lora_rank", "lora_alpha", "lora_targets")
 
 
 def is_hf_folder(folder: str) -> bool:
@@ -63,8 +64,24 @@ def describe(section: ConfigDict, vocab_size: int, **changes: Any) -> ModelConfi
             f"the tokenizer has {vocab_size} tokens but the model in {init_from} has "
             f"{base.vocab_size}; set data.tokenizer to the model's own"
         )
-    own = {k: v for k, v in values.items() if k in OWN_FIELDS or k.startswith("lora")}
+    unknown = [k for k in values if k not in (*OWN_FIELDS, "score_heads", *_ADAPTERS)]
+    if unknown:
+        raise ValueError(
+            f"model.{unknown[0]} cannot be set beside model.init_from={init_from!r}, which "
+            f"decides the shape; what can: {', '.join((*OWN_FIELDS, 'score_heads', *_ADAPTERS))}"
+        )
+    own = values
     return dataclasses.replace(base, **({"lora_rank": 0, "score_heads": ()} | own | changes))
+
+
+def check_heads(path: str, folder: str, wanted: tuple[str, ...]) -> None:
+    """Raises a ValueError if a run's folder (empty: none) lacks a head that ``path`` reads."""
+    if not folder or is_hf_folder(folder):
+        return
+    heads = run_folder.read_models(folder)[trained_role(folder)].score_heads
+    missing = sorted(set(wanted) - set(heads))
+    if missing:
+        raise ValueError(f"{path} reads head {missing[0]!r}, but {folder} has {sorted(heads)}")
 
 
 def load(folder: str, mesh: Mesh, rules: ShardingRules) -> Params:
@@ -118,7 +135,9 @@ def fill(model: Model, known: Params, key: jax.Array, mesh: Mesh, rules: Shardin
     """
     axes = model.axes()
     missing = _without(axes, known)
-    kept = jax.tree.map(jnp.copy, _only(known, axes))
+    # A copy even where nothing is cast: donating one tree must not delete the other.
+    dtype = model.config.param_dtype
+    kept = jax.tree.map(lambda x: jnp.copy(x).astype(dtype), _only(known, axes))
     if not missing:
         return kept
     fresh = shard_init(lambda k: _only(model.init(k), missing), key, mesh, rules, missing)

@@ -12,9 +12,12 @@ import sys
 import time
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.training.writer import write_json
 
 # A resumed run may differ from its config.json in these: how long it runs and what it writes.
 _FREE_FIELDS = ("train.steps", "log.", "checkpoint.")
@@ -53,6 +56,10 @@ def prepare(workdir: str, config: ConfigDict, models: dict[str, ModelConfig]) ->
     Raises:
         ValueError: if the folder holds a run of another config; the differences are listed.
     """
+    if "://" in workdir:
+        raise ValueError(
+            f"workdir={workdir!r} is not a local path; mount the bucket and name the mounted folder"
+        )
     folder = pathlib.Path(workdir)
     path = folder / "config.json"
     text = config_text(config)
@@ -63,12 +70,27 @@ def prepare(workdir: str, config: ConfigDict, models: dict[str, ModelConfig]) ->
                 f"workdir {folder} holds a run of another config; use a new folder.\n  "
                 + "\n  ".join(lines)
             )
+    barrier("config compared")  # before process 0 writes what the others read
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        write_json(path, json.loads(text))
         described = {role: dataclasses.asdict(model) for role, model in models.items()}
-        (folder / "model.json").write_text(json.dumps(described, indent=2))
+        write_json(folder / "model.json", described)
+    barrier("folder prepared")
     return folder
+
+
+def barrier(name: str) -> None:
+    """Waits for all processes: what process 0 wrote before is there for the others after."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def agreed(fact: bool) -> bool:
+    """What process 0 found; processes must not decide on their own what to run."""
+    if jax.process_count() == 1:
+        return fact
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(fact)))
 
 
 def read_models(workdir: str) -> dict[str, ModelConfig]:

@@ -1,5 +1,6 @@
 """What a loop writes while it runs: metrics, samples, checkpoints; and where it resumes."""
 
+import json
 import logging
 import math
 import pathlib
@@ -38,10 +39,9 @@ class RunLog:
         self._writer: Writer | None = None  # opened by `restore`, which knows where to go on
         self._pending: tuple[int, Metrics] | None = None
         self._written = time.perf_counter()
-        self._skipped = 0  # updates in a row
         self._saved = 0
         self._first = 0
-        self.last: dict[str, float] = {}
+        self.last: dict[str, float | None] = {}
 
     def __enter__(self) -> "RunLog":
         return self
@@ -58,10 +58,14 @@ class RunLog:
             self._writer = Writer(self._folder)
             return state, 0
         target = jax.tree.map(_abstract, state)
+        # Never two states at a time: a run that fills its devices must be able to resume.
+        for leaf in jax.tree.leaves(state):
+            if isinstance(leaf, jax.Array) and not leaf.is_deleted():
+                leaf.delete()
         restored = checkpoint.restore(self._manager, target, step=step)
         self._writer = Writer(self._folder, resumed=step)
         self._first = self._saved = step
-        self._skipped = int(restored.train.skipped)
+        self.last = last_line(self._folder / "metrics.jsonl", step - 1)
         _log.info("resumed_at %d in %s", step, self._folder)
         return restored, step
 
@@ -87,16 +91,17 @@ class RunLog:
 
     def _watch(self, step: int, numbers: Mapping[str, float]) -> None:
         """Stops a run whose updates are not finite any more."""
-        share = numbers.get("update/skipped", 0.0)
-        self._skipped = self._skipped + 1 if share == 1.0 else 0
-        limit = self._config.train.max_skipped
-        if share:
-            _log.warning("step %d: %.0f %% of updates were not finite", step, 100 * share)
-        if self._skipped >= limit:
+        if numbers.get("update/skipped", 0.0):
+            share = 100 * numbers["update/skipped"]
+            _log.warning("step %d: %.0f %% of updates were not finite", step, share)
+        limit, in_row = self._config.train.max_skipped, numbers.get("update/skipped_in_row", 0.0)
+        if in_row >= limit:
+            watched = ("loss/", "update/loss", "policy/grad_norm", "value/grad_norm")
             bad = sorted(n for n, number in numbers.items() if not math.isfinite(number))
+            named = [n for n in bad if n.startswith(watched)] or bad
             raise FloatingPointError(
-                f"step {step}: {self._skipped} updates in a row were not finite "
-                f"(train.max_skipped={limit}); not finite: {', '.join(bad) or 'gradients'}; "
+                f"step {step}: {in_row:.0f} updates in a row were not finite "
+                f"(train.max_skipped={limit}); not finite: {', '.join(named) or 'gradients'}; "
                 f"last good checkpoint: step {self._saved} in {self._folder / 'checkpoints'}"
             )
 
@@ -126,6 +131,17 @@ class RunLog:
                 **run_folder.closing_facts(started),
             }
         )
+
+
+def last_line(path: pathlib.Path, step: int) -> dict[str, float | None]:
+    """The metrics of ``step`` as written (None for NaN); {} if that step was not logged."""
+    if not path.exists():
+        return {}
+    for line in reversed(path.read_text(encoding="utf-8").splitlines()):
+        row = json.loads(line)
+        if row["step"] == step:
+            return {name: x for name, x in row.items() if name not in ("step", "time/step")}
+    return {}
 
 
 def _abstract(leaf: Any) -> Any:

@@ -21,6 +21,8 @@ def changed(**fields):
     ("fields", "message"),
     [
         ({"rollout.prompts": 6}, "rollout.prompts=6"),
+        ({"rewards.length.name": "exact_match"}, "rewards.length"),
+        ({"rewards.outcome.clip": -1.0}, "rewards.outcome.clip"),
         ({"updates.minibatches": 3}, "does not divide"),
         ({"mesh.data": 3}, "3"),
         ({"algorithm.name": "ppq"}, "ppo"),

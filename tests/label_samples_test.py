@@ -29,8 +29,10 @@ def test_a_truncated_completion_is_no_success_and_no_training_row():
 def test_pairs_are_right_against_wrong_of_one_problem():
     group = [sample(RIGHT), sample(SLIPPED), sample(SLIPPED), sample(RIGHT, ended=False)]
     found = list(pairs(group, 10, random.Random(0)))
-    assert [(a.completion, b.completion) for a, b in found] == [(RIGHT, SLIPPED)] * 2
-    assert len(list(pairs(group, 1, random.Random(0)))) == 1
+    assert [(a.completion, b.completion) for a, b in found] == [(RIGHT, SLIPPED)]
+    other = sample("37+8=46\n#### 46")
+    assert len(list(pairs([*group, other], 10, random.Random(0)))) == 2
+    assert len(list(pairs([*group, other], 1, random.Random(0)))) == 1
     assert not list(pairs([sample(RIGHT)] * 2, 4, random.Random(0)))
 
 

@@ -6,6 +6,7 @@ somebody reads them.
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float
 
 from rlhf_jax.types import Array, Mean, Metrics
@@ -27,11 +28,12 @@ def add(a: Metrics, b: Metrics) -> Metrics:
 def value(mean: Mean) -> Float[Array, ""]:
     """total / count. An empty mean (count 0) is NaN: "never measured" is not the number 0.
 
-    For readers of metrics only. A loss with count 0 is 0 and must be built with
+    For readers of metrics only, so it divides on the host: on a device the division would wait
+    behind the step that was dispatched since. A loss with count 0 is 0 and must be built with
     `masking.masked_mean` or a guarded division instead.
     """
-    count = jnp.asarray(mean.count)
-    return jnp.where(count == 0, jnp.nan, mean.total / jnp.where(count == 0, 1.0, count))
+    total, count = np.asarray(mean.total), np.asarray(mean.count)
+    return np.divide(total, count, out=np.full_like(total, np.nan), where=count != 0)
 
 
 def values(metrics: Metrics) -> dict[str, Float[Array, ""]]:

@@ -28,6 +28,7 @@ from rlhf_jax.models.transformer import Model
 from rlhf_jax.ops import preference
 from rlhf_jax.ops.groups import split_chunks
 from rlhf_jax.ops.masking import last_true, masked_sum, mean_of
+from rlhf_jax.ops.metrics import single
 from rlhf_jax.ops.reward_metrics import pair_correct
 from rlhf_jax.training.experience import constrain_rows
 from rlhf_jax.training.gradients import Carry, Problem, descend, gradient_sharding, union
@@ -159,7 +160,8 @@ def _train(objective, optimizers, state, frozen, mixture):
         algorithm=state.algorithm,
         skipped=carry.skipped,
     )
-    return state, metrics
+    in_row = single(carry.skipped.astype(jnp.float32))
+    return state, metrics | {"update/skipped_in_row": in_row}
 
 
 def _evaluate(objective, params, frozen, mixture):

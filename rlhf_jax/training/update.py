@@ -21,6 +21,7 @@ from jaxtyping import Float
 from rlhf_jax.models.completions import evaluate_completions, evaluate_texts
 from rlhf_jax.ops.groups import split_chunks
 from rlhf_jax.ops.masking import mean_of
+from rlhf_jax.ops.metrics import single
 from rlhf_jax.training.experience import COMPILER_OPTIONS, constrain_rows, on_mesh
 from rlhf_jax.training.gradients import (
     Carry,
@@ -85,10 +86,10 @@ def make_update_step(
     gradient is not finite leaves parameters and optimizers as they were.
 
     Metrics, besides the algorithm's own: ``update/loss``, ``update/skipped`` (share of
-    minibatches), ``update/terms_empty`` (terms without anything to average, per minibatch),
-    ``update/first_logprob_gap`` (nats per token between the first minibatch and
-    `Experience.logprobs`; 0 where those were evaluated in chunks of one microbatch),
-    ``loss/<term>`` unweighted, ``<role>/grad_norm`` before clipping.
+    minibatches), ``update/skipped_in_row`` (minibatches, up to now), ``update/terms_empty``
+    (terms without anything to average, per minibatch), ``update/first_logprob_gap`` (nats per
+    token between the first minibatch and `Experience.logprobs`; 0 where those were evaluated in
+    chunks of one microbatch), ``loss/<term>`` unweighted, ``<role>/grad_norm`` before clipping.
 
     Args:
         epochs: passes over the batch.
@@ -168,7 +169,11 @@ def _update(
         algorithm=_keep_finite(algorithm_state, state.algorithm),
         skipped=carry.skipped,
     )
-    return state, metrics | {"update/first_logprob_gap": first}
+    in_row = single(carry.skipped.astype(jnp.float32))
+    return state, metrics | {
+        "update/first_logprob_gap": first,
+        "update/skipped_in_row": in_row,
+    }
 
 
 def _run_minibatch(

@@ -11,6 +11,7 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2"],
     "test": [
         "beartype>=0.22",
+        "jax[tpu]>=0.10.2",  # the TPU compiler; it needs no TPU
         "pytest>=9.0",
         "pytest-timeout>=2.4",
         "pytest-xdist>=3.8",

@@ -9,11 +9,11 @@ import pathlib
 
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from configs.ppo_tiny import get_config
 from rlhf_jax import policy_run
 from rlhf_jax.train_policy import train_policy
+from tests import compiling
 
 TOKEN = 5
 STEPS = 20
@@ -22,21 +22,8 @@ STEPS = 20
 @pytest.fixture(scope="module", autouse=True)
 def shared_programs(tmp_path_factory):
     """Toys share most programs (sampling, say): what one compiled, the next ones load."""
-    values = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-        # Compiling takes most of the time, and a few small steps do not repay optimisation.
-        "jax_disable_most_optimizations": True,
-    }
-    before = {name: jax.config.values[name] for name in values}
-    for name, value in values.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    with compiling.shared_programs(tmp_path_factory.mktemp("programs")):
+        yield
 
 
 def toy_config(algorithm, **rewards):
@@ -68,13 +55,7 @@ def run(config, workdir, monkeypatch):
 
     monkeypatch.setattr(policy_run, "start", remember)
     state = train_policy(config, str(workdir))
-    steps = started[0].steps._asdict()
-    steps["score"] = steps["score"] and steps["score"].compiled
-    compiled = {
-        name: step._cache_size()
-        for name, step in steps.items()
-        if step is not None and step._cache_size()
-    }
+    compiled = compiling.times_compiled(started[0])
     assert compiled.keys() >= {"generate", "evaluate", "update"}
     assert set(compiled.values()) == {1}, compiled
     rows = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()

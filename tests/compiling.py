@@ -1,0 +1,46 @@
+"""Compiled programs in tests that run whole programs: shared over runs, and counted."""
+
+import contextlib
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+
+def settings(folder):
+    """Options of jax: programs are kept in `folder`, so that only the first run compiles them."""
+    return {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+
+
+@contextlib.contextmanager
+def shared_programs(folder):
+    """Within the context, this process compiles with these options."""
+    before = {name: jax.config.values[name] for name in settings(folder)}
+
+    def apply(options):
+        for name, value in options.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # its folder is looked up once
+
+    apply(settings(folder))
+    try:
+        yield
+    finally:
+        apply(before)
+
+
+def environment(folder):
+    """The same for a process of its own."""
+    return {name.upper(): str(value) for name, value in settings(folder).items()}
+
+
+def times_compiled(run):
+    """How often each step of a policy run was compiled; steps that never ran are left out."""
+    steps = run.steps._asdict()
+    if steps["score"] is not None:
+        steps["score"] = steps["score"].compiled
+    sizes = {name: step._cache_size() for name, step in steps.items() if step is not None}
+    return {name: size for name, size in sizes.items() if size}

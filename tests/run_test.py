@@ -211,14 +211,17 @@ def test_four_devices_are_one(whole, programs, tmp_path, mesh, monkeypatch):
     assert_close_run(tmp_path / "run", whole)
 
 
-def test_two_processes_are_one(whole, start, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    job = [f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2"]
+def test_two_processes_are_one_and_resume(whole, start, tmp_path):
     workdir = tmp_path / "run"
-    members = [start(workdir, *job, f"--process_id={number}", level=0) for number in range(2)]
-    for member in members:
-        assert member.wait(TIMEOUT) == 0, tail(workdir)
+    for steps in (7, STEPS):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        job = [f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2"]
+        job.append(f"--config.train.steps={steps}")
+        members = [start(workdir, *job, f"--process_id={n}", level=0) for n in range(2)]
+        for member in members:
+            assert member.wait(TIMEOUT) == 0, tail(workdir)
     assert summary(workdir)["processes"] == 2
+    assert summary(workdir)["resumed_at"] == 7
     assert_close_run(workdir, whole)

@@ -227,6 +227,11 @@ def generate(
         version: policy step, written on every row.
         mesh: where the rows lie; with several batch shards each runs its own loop.
     """
+    if not isinstance(prompts, Prompts):
+        raise TypeError(
+            f"prompts is a {type(prompts).__name__}; wanted types.Prompts, such as the batches of "
+            "data.prompts.PromptSource"
+        )
     if samples < 1 or max_tokens < 1:
         raise ValueError(f"samples={samples}, max_tokens={max_tokens}; wanted 1 or more of both")
     run = functools.partial(_generate_rows, model, samples, max_tokens)

@@ -27,6 +27,16 @@ def test_bad_templates_say_what_is_wrong(template, message):
     assert message in str(error.value)
 
 
+def test_only_text_and_numbers_are_written():
+    record = {"n": 3, "x": 0.5, "messages": [{"content": "hi"}], "none": None}
+    assert render("{n} {x} {messages[0][content]}", record) == "3 0.5 hi"
+    assert render("{messages!r}", record) == "[{'content': 'hi'}]"
+    for name, kind in (("messages", "list"), ("messages[0]", "dict"), ("none", "NoneType")):
+        with pytest.raises(ValueError, match="where text is wanted") as error:
+            render(f"{{{name}}}", record)
+        assert f"field '{name}' holds {kind}" in str(error.value)
+
+
 def test_dialogue_by_hand():
     start = "\n\nHuman: hi\n\nAssistant: yes\n\nHuman: and?\n\nAssistant:"
     parts = (start, " good one", " good two\n\nHuman: ok")

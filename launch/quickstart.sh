@@ -43,6 +43,11 @@ main() {
 
   cd "$root"
   RLHF_VENV=$venv bash launch/setup.sh --quiet
+  # Without an accelerator jax would look for one first, slowly where the TPU compiler is installed.
+  if ! compgen -G '/dev/accel*' >/dev/null && ! compgen -G '/dev/vfio/[0-9]*' >/dev/null &&
+    ! command -v nvidia-smi >/dev/null; then
+    export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+  fi
   exec "$venv/bin/python" -m rlhf_jax.pipeline --config=configs/quickstart.py \
     --workdir="$workdir" ${arguments[@]+"${arguments[@]}"}
 }

@@ -20,6 +20,9 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Simulated devices share one small pool of threads: two programs with collectives in flight at
+# once can wait for each other until XLA aborts the process.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 DATA = pathlib.Path(os.environ.get("RLHF_DATA", "../shared/data"))
 NO_DATA = f"RLHF_DATA={DATA} is absent"

@@ -69,7 +69,8 @@ def test_the_quickstart_runs_every_stage(tmp_path, monkeypatch):
         for mode in ("accuracy", "greedy_accuracy"):
             name = f"{stage}/{mode}"
             assert 0 <= summary[f"{name}_low"] <= summary[name] <= summary[f"{name}_high"] <= 1
-    rows = [json.loads(line) for line in (workdir / "evaluation/evaluation.jsonl").open()]
+    text = (workdir / "evaluation/evaluation.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
     assert len(rows) == 4 * config.stages.evaluation.config.problems
     wanted = {"stage", "mode", "prompt", "expression", "completion"}
     assert all(wanted <= row.keys() for row in rows)

@@ -18,7 +18,7 @@ from rlhf_jax.data.prompts import PromptSource
 from rlhf_jax.data.sources import RecordSource, open_source
 from rlhf_jax.data.steps import step_labels
 from rlhf_jax.data.texts import texts
-from rlhf_jax.mesh import ShardingRules, batch_shards, make_mesh
+from rlhf_jax.mesh import ShardingRules, batch_shards, make_mesh, shard_rows
 from rlhf_jax.rewards.base import clip, combine, normalise, shrink, split_places
 from rlhf_jax.sampling.methods import make_sampling
 from rlhf_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -51,13 +51,18 @@ def call(path: str, factory: Callable, values: Mapping[str, Any]) -> Any:
     Raises:
         ValueError: naming ``path``, for keys that the factory does not take or lacks.
     """
+    check_call(path, factory, values)
+    return factory(**values)
+
+
+def check_call(path: str, factory: Callable, values: Mapping[str, Any]) -> None:
+    """Raises the ValueError of `call`; calls nothing."""
     signature = inspect.signature(factory)
     try:
         signature.bind(**values)
     except TypeError as error:
         known = ", ".join(signature.parameters)
         raise ValueError(f"{path}: {error}; it takes: {known}") from error
-    return factory(**values)
 
 
 def tokenizer(config: ConfigDict) -> Tokenizer:
@@ -97,6 +102,13 @@ def prompts(config: ConfigDict, text: Tokenizer) -> PromptSource:
         shuffle=True,
         overlong=data.overlong,
     )
+
+
+def fetch(
+    axes: Mesh, rules: ShardingRules, batches: PromptSource | ExampleSource, position: int, n: int
+) -> Any:
+    """The batch of ``n`` rows after ``position`` draws; each process reads only its own rows."""
+    return shard_rows(axes, rules, n, functools.partial(batches.batch, position, n=n))
 
 
 def mesh(config: ConfigDict) -> tuple[Mesh, ShardingRules]:
@@ -178,11 +190,8 @@ def check_reward(label: str, section: ConfigDict) -> None:
     """Raises a ValueError if the factory does not take the section's keys; builds nothing."""
     factory = find.find("rewards", section.name)
     values = {k: v for k, v in section.to_dict().items() if k not in _WRAPPERS}
-    known = inspect.signature(factory).parameters
-    try:
-        inspect.signature(factory).bind(**dict.fromkeys(set(RESOURCES) & set(known)), **values)
-    except TypeError as error:
-        raise ValueError(f"rewards.{label}: {error}; it takes: {', '.join(known)}") from error
+    given = set(RESOURCES) & set(inspect.signature(factory).parameters) - set(values)
+    check_call(f"rewards.{label}", factory, {**dict.fromkeys(given), **values})
     if section.get("clip", 0.0) < 0:
         raise ValueError(f"rewards.{label}.clip={section.clip}; wanted 0 (off) or a limit")
 

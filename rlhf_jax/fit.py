@@ -5,7 +5,6 @@ step labels and scalar heads instead. Checkpoints, resume and logs are those of 
 """
 
 import dataclasses
-import functools
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from ml_collections import ConfigDict
 
 from rlhf_jax import build, roles, run_folder
 from rlhf_jax.data.examples import ExampleSource
-from rlhf_jax.mesh import ShardingRules, batch_shards, shard_rows
+from rlhf_jax.mesh import ShardingRules, batch_shards
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.lora import partition
 from rlhf_jax.models.transformer import Model, decoder
@@ -126,14 +125,10 @@ def create(fit: Fit) -> RunState:
 
 def fetch(fit: Fit, sources: Mapping[str, ExampleSource], sections, positions) -> Mixture:
     """One batch of every source; each process reads only its own rows."""
-    mixture = {}
-    for name, source in sources.items():
-        n = sections[name].rows
-        batch = functools.partial(source.batch, int(positions[name]), n=n)
-        mixture[name] = shard_rows(
-            fit.mesh, fit.rules, n, lambda rows, batch=batch: batch(rows=rows)
-        )
-    return mixture
+    return {
+        name: build.fetch(fit.mesh, fit.rules, source, int(positions[name]), sections[name].rows)
+        for name, source in sources.items()
+    }
 
 
 def evaluator(fit: Fit):

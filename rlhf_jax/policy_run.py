@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import build, roles
-from rlhf_jax.mesh import shard_rows
 from rlhf_jax.models.lora import partition
 from rlhf_jax.models.transformer import decoder
 from rlhf_jax.policy_plan import PolicyPlan
@@ -73,19 +72,15 @@ class PolicyRun:
 
     def fetch_prompts(self, position: int) -> Prompts:
         """The N prompts from ``position`` on; each process reads only its own rows."""
-        plan, n = self.plan, self.plan.sizes.prompts
-        fetch = functools.partial(plan.prompts.batch, position, n=n)
-        return shard_rows(plan.mesh, plan.rules, n, lambda rows: fetch(rows=rows))
+        plan = self.plan
+        return build.fetch(plan.mesh, plan.rules, plan.prompts, position, plan.sizes.prompts)
 
     def fetch_extra(self, state: RunState) -> dict[str, Texts]:
         """One batch of every auxiliary source."""
         plan, batches = self.plan, {}
         for name, source in plan.extra.items():
             n, position = plan.config.extra[name].rows, int(state.data_position[f"extra/{name}"])
-            fetch = functools.partial(source.batch, position, n=n)
-            batches[name] = shard_rows(
-                plan.mesh, plan.rules, n, lambda rows, fetch=fetch: fetch(rows=rows)
-            )
+            batches[name] = build.fetch(plan.mesh, plan.rules, source, position, n)
         return batches
 
     def advance(self, state: RunState, *, position=None, extra=False, **fields) -> RunState:

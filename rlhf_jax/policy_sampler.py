@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from rlhf_jax import build, roles
-from rlhf_jax.mesh import batch_shards, fetch_host, shard_rows
+from rlhf_jax.mesh import batch_shards, fetch_host
 from rlhf_jax.models.transformer import decoder
 from rlhf_jax.sampling.methods import make_sampling
 from rlhf_jax.sampling.sampler import generate
@@ -78,12 +78,7 @@ class PolicySampler:
                 key = step_key(config.seed, Purpose.INIT_POLICY, 0)
                 self._params = roles.fill(self._model, loaded, key, self._mesh, rules)
             for first in range(0, problems, n):
-                prompts = shard_rows(
-                    self._mesh,
-                    rules,
-                    n,
-                    lambda rows, first=first: self._prompts.batch(first, n=n, rows=rows),
-                )
+                prompts = build.fetch(self._mesh, rules, self._prompts, first, n)
                 key = step_key(config.seed, self._purpose, first)
                 rollouts = self._sample(self._params, prompts, key, sampling, self._tables)
                 yield from self._decode(rollouts)[: problems - first]

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from rlhf_jax import build, roles, run_folder
 from rlhf_jax.fit import check_rows, head_names
-from rlhf_jax.mesh import fetch_host, shard_rows
+from rlhf_jax.mesh import fetch_host
 from rlhf_jax.models.completions import evaluate_texts
 from rlhf_jax.models.transformer import decoder
 from rlhf_jax.ops.reward_metrics import (
@@ -56,9 +56,7 @@ def report(config: ConfigDict) -> dict[str, float]:
 def _batches(source, rows: int, mesh, rules) -> Iterator:
     """Every whole batch of the source, once."""
     for first in range(0, len(source) - rows + 1, rows):
-        yield shard_rows(
-            mesh, rules, rows, lambda part, first=first: source.batch(first, n=rows, rows=part)
-        )
+        yield build.fetch(mesh, rules, source, first, rows)
 
 
 def _pairs(batches: Iterator[Pairs], score, heads: Mapping[str, str]) -> dict[str, float]:

@@ -70,8 +70,7 @@ def describe(section: ConfigDict, vocab_size: int, **changes: Any) -> ModelConfi
             f"model.{unknown[0]} cannot be set beside model.init_from={init_from!r}, which "
             f"decides the shape; what can: {', '.join((*OWN_FIELDS, 'score_heads', *_ADAPTERS))}"
         )
-    own = values
-    return dataclasses.replace(base, **({"lora_rank": 0, "score_heads": ()} | own | changes))
+    return dataclasses.replace(base, **({"lora_rank": 0, "score_heads": ()} | values | changes))
 
 
 def check_heads(path: str, folder: str, wanted: tuple[str, ...]) -> None:

@@ -8,8 +8,6 @@ from rlhf_jax.data.sources import Record, RecordSource
 from rlhf_jax.text.template import render
 from rlhf_jax.text.tokenizer import Tokenizer
 
-TextSource = ExampleSource  # whose batches are `Texts`
-
 
 def texts(
     sources: Sequence[RecordSource],

@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 from configs.common import parse_arg
 
 ALPHABET = "\n #*+-0123456789="
-MAX_PROMPT = 20  # tokens: characters here
-MAX_TOKENS = 48
+MAX_PROMPT = 16  # tokens: characters here
+MAX_TOKENS = 40
 MAX_LENGTH = MAX_PROMPT + MAX_TOKENS
 MESH = dict(data=-1, fsdp=1, tensor=1)  # -1: all devices that remain
 
@@ -90,8 +90,8 @@ def sft(args: ConfigDict) -> dict:
         sources=dict(demonstrations=demonstrations),
         optimizer=dict(learning_rate=2e-3, schedule="cosine", warmup=0 if args.small else 20),
         updates=dict(microbatches=1),
-        train=steps(120 if args.small else 600),
-        eval=dict(every=600, sources=dict()),
+        train=steps(120 if args.small else 800),
+        eval=dict(every=800, sources=dict()),
     )
 
 

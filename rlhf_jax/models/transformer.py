@@ -152,7 +152,9 @@ def _init_params(config, block, norm, heads, key) -> Params:
     row = jnp.zeros((1, 1, config.width))
     rotary = rope(jnp.zeros((1, 1), jnp.int32), config.head_dim, config.rope_theta)
     attend = jnp.ones((1, 1, 1), bool)
-    table = nn.initializers.normal(0.02)(embed_key, (config.vocab_size, config.width), dtype)
+    # 1/√D: tied logits start with variance 1, and no layer's output drowns the token's own signal.
+    normal = nn.initializers.normal(config.width**-0.5)
+    table = normal(embed_key, (config.vocab_size, config.width), dtype)
     params = {
         "embed": {"table": table},
         "layers": jax.vmap(lambda k: block.init(k, row, rotary, attend)["params"])(
@@ -161,7 +163,6 @@ def _init_params(config, block, norm, heads, key) -> Params:
         "final_norm": norm.init(layers_key, row)["params"],  # ones: the key is not used
     }
     if config.lm_head and not config.tie_embeddings:
-        normal = nn.initializers.normal(0.02)
         kernel = normal(unembed_key, (config.width, config.vocab_size), dtype)
         params["unembed"] = {"kernel": kernel}
     if heads:

@@ -40,7 +40,7 @@ def data(args: ConfigDict, split: str) -> dict:
     )
 
 
-def labels(kind: str, file: str, rows: int) -> dict:
+def labels(kind: str, file: str, rows: int, weight: float = 1.0) -> dict:
     """One source of reward-model data, written by the labelling stage."""
     return dict(
         kind=kind,
@@ -49,7 +49,7 @@ def labels(kind: str, file: str, rows: int) -> dict:
         template="{prompt}",
         max_length=MAX_LENGTH,
         overlong="error",
-        weight=1.0,
+        weight=weight,
         rows=rows,
     )
 
@@ -104,7 +104,7 @@ def label_samples(args: ConfigDict) -> dict:
         data=data(args, "train"),
         rollout=rollout(samples=4),
         # problems, the share held out for the evaluation, pairs per problem
-        label=dict(problems=256 if args.small else 1_280, held_out=0.2, pairs=4),
+        label=dict(problems=256 if args.small else 4_096, held_out=0.2, pairs=4),
     )
 
 
@@ -118,12 +118,13 @@ def reward(args: ConfigDict) -> dict:
         sources=dict(
             pairs=labels("pairs", "pairs.jsonl", 32),
             correctness=labels("correctness", "correctness.jsonl", 32),
-            steps=labels("steps", "steps.jsonl", 64),
+            # Step labels say where it went wrong; without them verdicts are learnt by heart.
+            steps=labels("steps", "steps.jsonl", 96, weight=4.0),
         ),
-        optimizer=dict(learning_rate=5e-4, schedule="cosine", warmup=0 if args.small else 10),
+        optimizer=dict(learning_rate=1e-3, schedule="cosine", warmup=0 if args.small else 10),
         updates=dict(microbatches=1, centre_coef=0.01),
-        train=steps(2 if args.small else 200),
-        eval=dict(every=200, sources=dict()),
+        train=steps(2 if args.small else 300),
+        eval=dict(every=300, sources=dict()),
     )
 
 

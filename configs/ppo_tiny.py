@@ -51,9 +51,10 @@ def get_config() -> ConfigDict:
                 length=dict(name="length", weight=0.01, per_token=-1.0, free=16),
             ),
             algorithm=dict(name="ppo", gamma=1.0, lam=0.95, kl_coef=0.02),
+            # eps as is usual for PPO: Adam must not turn the rounding of tiny gradients into steps.
             optimizer=dict(
-                policy=dict(learning_rate=1e-4, schedule="constant", warmup=2),
-                value=dict(learning_rate=3e-4, schedule="constant", warmup=2),
+                policy=dict(learning_rate=1e-4, schedule="constant", warmup=2, eps=1e-5),
+                value=dict(learning_rate=3e-4, schedule="constant", warmup=2, eps=1e-5),
             ),
             updates=dict(epochs=1, minibatches=2, microbatches=1),
             train=dict(steps=12, max_skipped=3),  # stop after so many non-finite updates in a row

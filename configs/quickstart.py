@@ -145,8 +145,8 @@ def policy(args: ConfigDict) -> dict:
         ),
         algorithm=dict(name="ppo", gamma=1.0, lam=0.95, kl_coef=0.2, clip=0.2),
         optimizer=dict(
-            policy=dict(learning_rate=3e-4, schedule="constant", warmup=2),
-            value=dict(learning_rate=1e-3, schedule="constant", warmup=2),
+            policy=dict(learning_rate=3e-4, schedule="constant", warmup=2, eps=1e-5),
+            value=dict(learning_rate=1e-3, schedule="constant", warmup=2, eps=1e-5),
         ),
         updates=dict(epochs=1, minibatches=2, microbatches=1),
         train=steps(2 if args.small else 40),

@@ -20,19 +20,13 @@ from rlhf_jax import program, reward_report, run_folder
 from rlhf_jax.label_samples import write_lines
 from rlhf_jax.ops.reward_metrics import wilson_interval
 from rlhf_jax.policy_sampler import PolicySampler
-from rlhf_jax.rewards.exact_match import parse_answer, parse_number
+from rlhf_jax.rewards.exact_match import is_exact
 from rlhf_jax.sampling.methods import make_sampling
 from rlhf_jax.training.keys import Purpose
 from rlhf_jax.training.writer import write_json
 
 # Mode -> temperature, and the prefix of its numbers in summary.json.
 _MODES = {"sample": (1.0, ""), "greedy": (0.0, "greedy_")}
-
-
-def is_exact(completion: str, answer: str, marker: str = "####") -> bool:
-    """Whether the number after the last marker equals the record's, which may be a solution."""
-    wanted = parse_answer(answer, marker) if marker in answer else parse_number(answer)
-    return wanted is not None and parse_answer(completion, marker) == wanted
 
 
 def policy_rows(
@@ -43,13 +37,14 @@ def policy_rows(
     for group in sampler.groups(problems, make_sampling(temperature=temperature)):
         # Greedy samples of one prompt are all the same: one is enough.
         for sample in group if temperature else group[:1]:
+            answer = str(sample.record["answer"])
             yield {
                 "stage": stage,
                 "mode": mode,
                 "prompt": sample.prompt,
                 "expression": sample.record.get("expression"),
                 "completion": sample.completion,
-                "correct": sample.ended and is_exact(sample.completion, sample.record["answer"]),
+                "correct": sample.ended and is_exact(sample.completion, answer),
             }
 
 

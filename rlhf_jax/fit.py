@@ -170,7 +170,7 @@ def run(fit: Fit, workdir: str) -> RunState:
     config = fit.config
     folder = run_folder.prepare(workdir, config, {fit.role: fit.described})
     with jax.set_mesh(fit.mesh), RunLog(folder, config) as log:
-        state, first = log.restore(create(fit), fit.mesh)
+        state, first = log.restore(create(fit))
         weights = {name: section.weight for name, section in config.sources.items()}
         step_fn = make_supervised_step(
             fit.model,

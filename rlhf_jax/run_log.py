@@ -51,7 +51,7 @@ class RunLog:
         if self._writer is not None:
             self._writer.close()
 
-    def restore(self, state: RunState, mesh: jax.sharding.Mesh) -> tuple[RunState, int]:
+    def restore(self, state: RunState) -> tuple[RunState, int]:
         """The newest checkpoint with the shardings of ``state``, or ``state`` itself; its step."""
         step = checkpoint.latest_step(self._manager)
         if step is None:

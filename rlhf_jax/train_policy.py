@@ -120,7 +120,7 @@ def train_policy(config: ConfigDict, workdir: str) -> RunState:
     folder = run_folder.prepare(workdir, config, plan.described)
     with jax.set_mesh(plan.mesh), RunLog(folder, config) as log:
         run, state = policy_run.start(plan)
-        state, first = log.restore(state, plan.mesh)
+        state, first = log.restore(state)
         for step in range(first, config.train.steps):
             state, iteration = iterate(run, state, step)
             log.metrics(step, iteration.metrics)

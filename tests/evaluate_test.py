@@ -3,24 +3,8 @@
 import pytest
 from ml_collections import ConfigDict
 
-from rlhf_jax.evaluate import accuracies, is_exact
+from rlhf_jax.evaluate import accuracies
 from rlhf_jax.pipeline import check, place
-
-
-@pytest.mark.parametrize(
-    ("completion", "answer", "exact"),
-    [
-        ("37+8=45\n#### 45", "37+8=45\n#### 45", True),
-        ("#### 45.0", "45", True),
-        ("#### 1,234", "1234", True),
-        ("#### 44\n#### 45", "#### 45", True),  # the last marker counts
-        ("45", "#### 45", False),
-        ("#### forty-five", "#### 45", False),
-        ("", "#### 45", False),
-    ],
-)
-def test_the_number_after_the_last_marker_decides(completion, answer, exact):
-    assert is_exact(completion, answer) is exact
 
 
 def test_accuracies_are_named_by_stage_and_mode():

@@ -58,7 +58,7 @@ def numbers(loss=0.5, in_row=0.0, skipped=0.0):
 
 def test_a_rerun_of_a_finished_run_keeps_its_numbers(tmp_path, mesh):
     with RunLog(tmp_path, config()) as log:
-        state, first = log.restore(new_state(mesh), mesh)
+        state, first = log.restore(new_state(mesh))
         assert first == 0
         for step in range(4):
             log.metrics(step, numbers(loss=float(step)))
@@ -67,7 +67,7 @@ def test_a_rerun_of_a_finished_run_keeps_its_numbers(tmp_path, mesh):
     before = json.loads((tmp_path / "summary.json").read_text())
     assert before["update/loss"] == 3.0
     with RunLog(tmp_path, config()) as log:
-        state, first = log.restore(new_state(mesh), mesh)
+        state, first = log.restore(new_state(mesh))
         assert first == 4
         log.finish(4, state, 0.0)
     after = json.loads((tmp_path / "summary.json").read_text())
@@ -78,11 +78,11 @@ def test_a_rerun_of_a_finished_run_keeps_its_numbers(tmp_path, mesh):
 
 def test_a_resumed_run_never_holds_two_states(tmp_path, mesh):
     with RunLog(tmp_path, config()) as log:
-        state, _ = log.restore(new_state(mesh), mesh)
+        state, _ = log.restore(new_state(mesh))
         log.checkpoint(2, state)
     fresh = new_state(mesh)
     with RunLog(tmp_path, config()) as log:
-        restored, first = log.restore(fresh, mesh)
+        restored, first = log.restore(fresh)
     assert first == 2
     assert fresh.train.params["policy"]["w"].is_deleted()
     assert not restored.train.params["policy"]["w"].is_deleted()
@@ -90,7 +90,7 @@ def test_a_resumed_run_never_holds_two_states(tmp_path, mesh):
 
 def test_too_many_updates_that_are_not_finite_in_a_row_stop_the_run(tmp_path, mesh):
     with RunLog(tmp_path, config()) as log:
-        state, _ = log.restore(new_state(mesh), mesh)
+        state, _ = log.restore(new_state(mesh))
         log.metrics(0, numbers())
         log.checkpoint(2, state)
         log.metrics(1, numbers(loss=math.nan, in_row=2.0, skipped=1.0))

@@ -1,12 +1,12 @@
 """Supervised rows: a prompt and a completion as one right-padded row, in batches of any kind."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rlhf_jax.data.draws import Drawn, Draws
-from rlhf_jax.data.sources import Record
+from rlhf_jax.data.sources import Record, RecordSource
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import Labelled, Pairs, Steps, Texts
 
@@ -22,14 +22,36 @@ class ExampleSource:
     """Batches of one kind of supervised data: a pure function of (seed, position).
 
     Made by `texts`, `pairs`, `correctness` and `step_labels`.
+
+    Args:
+        sources, encode, length, seed, shuffle, overlong: see `Draws`.
+        collate: drawn records -> one batch.
+        max_length: S, in tokens.
     """
 
     def __init__(
         self,
-        draws: Draws,
+        sources: Sequence[RecordSource],
+        encode: Callable[[Record], Any],
+        length: Callable[[Any], int],
         collate: Callable[[Sequence[Drawn]], Texts | Pairs | Labelled | Steps],
+        *,
+        max_length: int,
+        seed: int,
+        shuffle: bool,
+        overlong: str,
     ):
-        self._draws, self._collate = draws, collate
+        self._collate = collate
+        self._draws = Draws(
+            sources,
+            encode,
+            length,
+            limit=max_length,
+            limit_name="max_length",
+            overlong=overlong,
+            seed=seed,
+            shuffle=shuffle,
+        )
 
     def __len__(self) -> int:
         """Records per epoch, without those that were skipped."""

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rlhf_jax.data.draws import Drawn, Draws
+from rlhf_jax.data.draws import Drawn
 from rlhf_jax.data.examples import ExampleSource, Row, encode_row, pad_rows, pick, share
 from rlhf_jax.data.sources import Record, RecordSource
 from rlhf_jax.text.template import render
@@ -77,17 +77,16 @@ def pairs(
             record=np.array([one.index for one in drawn], np.int32),
         )
 
-    draws = Draws(
+    return ExampleSource(
         sources,
         encode,
         lambda pair: max(len(pair.chosen.tokens), len(pair.rejected.tokens)),
-        limit=max_length,
-        limit_name="max_length",
-        overlong=overlong,
+        collate,
+        max_length=max_length,
         seed=seed,
         shuffle=shuffle,
+        overlong=overlong,
     )
-    return ExampleSource(draws, collate)
 
 
 def correctness(
@@ -120,14 +119,13 @@ def correctness(
             label=np.array([one.label for one in found], np.float32),
         )
 
-    draws = Draws(
+    return ExampleSource(
         sources,
         encode,
         lambda judged: len(judged.row.tokens),
-        limit=max_length,
-        limit_name="max_length",
-        overlong=overlong,
+        collate,
+        max_length=max_length,
         seed=seed,
         shuffle=shuffle,
+        overlong=overlong,
     )
-    return ExampleSource(draws, collate)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rlhf_jax.data.draws import Drawn, Draws
+from rlhf_jax.data.draws import Drawn
 from rlhf_jax.data.examples import ExampleSource, Row, encode_row, pad_rows, pick
 from rlhf_jax.data.sources import Record, RecordSource
 from rlhf_jax.text.steps import BLANK, mark_host_step_ends, split_steps, token_tables
@@ -72,17 +72,16 @@ def step_labels(
                     ends[index, column], values[index, column] = True, label
         return Steps(texts=texts, step_ends=ends, labels=values)
 
-    draws = Draws(
+    return ExampleSource(
         sources,
         encode,
         lambda solution: len(solution.row.tokens),
-        limit=max_length,
-        limit_name="max_length",
-        overlong=overlong,
+        collate,
+        max_length=max_length,
         seed=seed,
         shuffle=shuffle,
+        overlong=overlong,
     )
-    return ExampleSource(draws, collate)
 
 
 def _lines(

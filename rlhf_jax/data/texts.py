@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from rlhf_jax.data.draws import Draws
 from rlhf_jax.data.examples import ExampleSource, Row, encode_row, pad_rows, pick
 from rlhf_jax.data.sources import Record, RecordSource
 from rlhf_jax.text.template import render
@@ -32,16 +31,13 @@ def texts(
     def encode(record: Record) -> Row:
         return encode_row(tokenizer, render(template, record), pick(record, completion))
 
-    draws = Draws(
+    return ExampleSource(
         sources,
         encode,
         lambda row: len(row.tokens),
-        limit=max_length,
-        limit_name="max_length",
-        overlong=overlong,
+        lambda drawn: pad_rows([one.encoded for one in drawn], max_length, tokenizer.pad_id),
+        max_length=max_length,
         seed=seed,
         shuffle=shuffle,
-    )
-    return ExampleSource(
-        draws, lambda drawn: pad_rows([one.encoded for one in drawn], max_length, tokenizer.pad_id)
+        overlong=overlong,
     )

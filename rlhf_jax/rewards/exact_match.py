@@ -33,6 +33,21 @@ def parse_answer(text: str, marker: str) -> decimal.Decimal | None:
     return parse_number(rest.partition("\n")[0]) if found else None
 
 
+def is_exact(completion: str, answer: str, marker: str = "####") -> bool:
+    """Whether the completion's number after the last `marker` is that of `answer`.
+
+    Args:
+        answer: a number, or a solution with the number behind `marker`.
+
+    Raises:
+        ValueError: `answer` holds no number.
+    """
+    wanted = parse_answer(answer, marker) if marker in answer else parse_number(answer)
+    if wanted is None:
+        raise ValueError(f"the answer holds no number: {answer[-80:]!r}")
+    return parse_answer(completion, marker) == wanted
+
+
 def exact_match(
     *,
     decode: Decode,
@@ -58,11 +73,7 @@ def exact_match(
         raise ValueError("exact_match: marker is empty")
 
     def score(prompt: str, completion: str, record: Mapping[str, Any]) -> float:
-        text = str(record[answer])
-        wanted = parse_answer(text, marker) if marker in text else parse_number(text)
-        if wanted is None:
-            raise ValueError(f"field {answer!r} holds no number: {text[-80:]!r}")
-        return float(parse_answer(completion, marker) == wanted)
+        return float(is_exact(completion, str(record[answer]), marker))
 
     return host_reward(
         "exact_match",

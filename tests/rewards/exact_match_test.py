@@ -5,7 +5,7 @@ import decimal
 import numpy as np
 import pytest
 
-from rlhf_jax.rewards.exact_match import exact_match, parse_answer, parse_number
+from rlhf_jax.rewards.exact_match import exact_match, is_exact, parse_answer, parse_number
 from tests.rewards.examples import TOKENIZER, spell
 
 NUMBERS = {
@@ -67,9 +67,27 @@ def test_scores_against_solutions_and_plain_numbers():
     assert scored(["A: 3"], ["3"], marker="A:") == [1]
 
 
+@pytest.mark.parametrize(
+    ("completion", "answer", "exact"),
+    [
+        ("37+8=45\n#### 45", "37+8=45\n#### 45", True),
+        ("#### 45.0", "45", True),
+        ("#### 1,234", "1234", True),
+        ("#### 44\n#### 45", "#### 45", True),  # the last marker counts
+        ("45", "#### 45", False),
+        ("#### forty-five", "#### 45", False),
+        ("", "#### 45", False),
+    ],
+)
+def test_the_number_after_the_last_marker_decides(completion, answer, exact):
+    assert is_exact(completion, answer) is exact
+
+
 def test_a_record_without_a_number_is_an_error():
     with pytest.raises(RuntimeError, match=r"source 0, record 0.*holds no number"):
         scored(["#### 1"], ["#### none"])
+    with pytest.raises(ValueError, match="the answer holds no number: 'none'"):
+        is_exact("#### 1", "none")
     with pytest.raises(RuntimeError, match="KeyError"):
         scored(["#### 1"], ["1"], answer="final")
     with pytest.raises(ValueError, match="marker"):

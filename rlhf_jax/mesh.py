@@ -103,10 +103,10 @@ def spec_for(
 ) -> PartitionSpec:
     """The partition of an array whose dimensions have these logical names.
 
-    An axis that does not divide is replicated (logged once); a mesh axis that an earlier
-    dimension uses is dropped from later ones. Mesh axes of size 1 and trailing None are left
-    out, as in the specs that compiled programs return: otherwise the same layout would have
-    two names and a second call could compile again.
+    An axis that does not divide is replicated (logged once, unless its size is 1); a mesh axis
+    that an earlier dimension uses is dropped from later ones. Mesh axes of size 1 and trailing
+    None are left out, as in the specs that compiled programs return: otherwise the same layout
+    would have two names and a second call could compile again.
     """
     if len(logical) != len(shape):
         raise ValueError(f"logical axes {logical} do not name the dimensions of shape {shape}")
@@ -117,7 +117,8 @@ def spec_for(
         axes = tuple(a for a in rule if mesh.shape[a] > 1 and a not in used)
         shards = math.prod(mesh.shape[a] for a in axes)
         if size % shards != 0:
-            _log_replicated(name, size, axes, shards)
+            if size > 1:  # of one there is nothing to split
+                _log_replicated(name, size, axes, shards)
             axes = ()
         used.update(axes)
         entries.append(axes[0] if len(axes) == 1 else axes or None)

@@ -79,6 +79,7 @@ def test_an_axis_that_does_not_divide_is_replicated_and_logged_once(caplog):
     with caplog.at_level(logging.WARNING, logger="rlhf_jax.mesh"):
         for _ in range(3):
             assert spec_for(("kv_heads",), (6,), mesh, RULES) == P()
+            assert spec_for(("kv_heads",), (1,), mesh, RULES) == P()
     assert [r.getMessage() for r in caplog.records] == [
         "axis 'kv_heads' of size 6 does not divide over mesh axes ('tensor',) (4 shards): "
         "replicated"

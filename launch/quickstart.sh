@@ -8,7 +8,7 @@ usage: launch/quickstart.sh [--workdir DIR] [ARGUMENT...]
 
   --workdir DIR  the run's folder (default: runs/quickstart); run again with the same folder to
                  go on where it stopped
-  ARGUMENT       handed to rlhf_jax.pipeline, such as --config.seed=1
+  ARGUMENT       handed to rlhf_jax.pipeline, such as --config.seed=1 (with a --workdir of its own)
 
 For a GPU or TPU run launch/setup.sh --gpu (or --tpu) once before.
 TEXT

@@ -192,6 +192,8 @@ def check_reward(label: str, section: ConfigDict) -> None:
     values = {k: v for k, v in section.to_dict().items() if k not in _WRAPPERS}
     given = set(RESOURCES) & set(inspect.signature(factory).parameters) - set(values)
     check_call(f"rewards.{label}", factory, {**dict.fromkeys(given), **values})
+    if "weight" not in section:
+        raise ValueError(f"rewards.{label}.weight is missing; wanted a number, such as 1.0")
     if section.get("clip", 0.0) < 0:
         raise ValueError(f"rewards.{label}.clip={section.clip}; wanted 0 (off) or a limit")
 

@@ -9,7 +9,6 @@ its summary.json is done and is not run again; one that was stopped resumes.
 
 import json
 import logging
-import pathlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,7 +24,7 @@ from rlhf_jax.train_reward import train_reward
 from rlhf_jax.train_sft import train_sft
 from rlhf_jax.training.writer import write_json
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("rlhf_jax.pipeline")  # __name__ is "__main__" when it is run
 PROGRAMS: Mapping[str, Callable[[ConfigDict, str], Any]] = {
     "train_sft": train_sft,
     "label_samples": label_samples,
@@ -70,22 +69,26 @@ def pipeline(config: ConfigDict, workdir: str) -> dict[str, Any]:
     Raises:
         ValueError: for bad input.
     """
-    started = time.time()
     stages = check(config)
     folder = run_folder.prepare(workdir, config, {})
-    seconds = {}
+    started = time.time()
+    summary, seconds = {}, {}
     for name, stage in stages:
         done = folder / name / "summary.json"
-        if not run_folder.agreed(done.exists()):
-            begun = time.time()
+        if run_folder.agreed(done.exists()):
+            _log.info("stage %s: done before, in %s", name, done.parent)
+        else:
             _log.info("stage %s: %s", name, stage.program)
             own = ConfigDict(place(stage.config.to_dict(), str(folder)))
             PROGRAMS[stage.program](own, str(folder / name))
             run_folder.barrier(f"stage {name}")
-            seconds[f"seconds/{name}"] = round(time.time() - begun, 1)
-    summary = json.loads(pathlib.Path(done).read_text())
+        summary = json.loads(done.read_text())
+        seconds[f"seconds/{name}"] = summary["seconds"]
     if jax.process_index() == 0:
-        write_json(folder / "summary.json", summary | seconds | run_folder.closing_facts(started))
+        # What an earlier session did counts too.
+        total = {"seconds": round(sum(seconds.values()), 1)}
+        facts = run_folder.closing_facts(started) | total
+        write_json(folder / "summary.json", summary | seconds | facts)
     return summary
 
 

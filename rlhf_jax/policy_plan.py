@@ -103,7 +103,9 @@ def describe_models(
             changes = changes | {"lora_rank": 0}
             start = section.get("init_from", "")
             roles.check_heads(f"rewards.{label}", start, changes["score_heads"])
-            described[f"reward/{label}"] = _start(start, policy, vocab_size, changes)
+            described[f"reward/{label}"] = _start(
+                f"rewards.{label}", start, policy, vocab_size, changes
+            )
     if algorithm.needs.value and "value" not in policy.score_heads:
         start = config.value.init_from
         changes = dict(lm_head=False, score_heads=("value",))
@@ -113,13 +115,16 @@ def describe_models(
             described["value"] = dataclasses.replace(described[f"reward/{start}"], **changes)
         else:
             start = "" if start == "policy" else start
-            described["value"] = _start(start, policy, vocab_size, changes)
+            described["value"] = _start("value", start, policy, vocab_size, changes)
     return described
 
 
-def _start(folder: str, policy: ModelConfig, vocab_size: int, changes: dict) -> ModelConfig:
+def _start(
+    path: str, folder: str, policy: ModelConfig, vocab_size: int, changes: dict
+) -> ModelConfig:
     """The config of a trunk that starts from a folder, or from the policy where it is empty."""
     if not folder:
         return dataclasses.replace(policy, **changes)
     own = {name: getattr(policy, name) for name in roles.OWN_FIELDS}
-    return roles.describe(ConfigDict({"init_from": folder}), vocab_size, **own, **changes)
+    section = ConfigDict({"init_from": folder})
+    return roles.describe(section, vocab_size, path=path, **own, **changes)

@@ -3,7 +3,9 @@
 import logging
 import os
 import pathlib
+import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -25,6 +27,8 @@ _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Join the job that the environment describes (TPU pods, Slurm)."
 )
 
+# How ml_collections says which key is unknown, and which one it may have been.
+_QUOTED, _HINT = re.compile(r"'(\w+)'"), re.compile(r'Did you mean "(.+?)" instead')
 USAGE_ERROR = 2  # exit status for input that a person must mend
 
 
@@ -59,6 +63,29 @@ def is_ours(error: BaseException) -> bool:
     return last is not None and folder in pathlib.Path(last.tb_frame.f_code.co_filename).parents
 
 
+def missing_key(error: AttributeError) -> ValueError | None:
+    """What to say where this package read a key that the config does not have; else None."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if pathlib.Path(__file__).parent in _parents(frame)]
+    if not ours or "ml_collections" not in frames[-1].filename:
+        return None
+    reader, key = ours[-1], _said(error).strip("\"'")
+    return ValueError(
+        f"the config lacks the key {key!r}, read in {pathlib.Path(reader.filename).name} line "
+        f"{reader.lineno}: {reader.line}; is it a config for another program?"
+    )
+
+
+def _said(error: AttributeError) -> str:
+    """The text of ml_collections, which wraps a KeyError."""
+    cause = error.args[0] if error.args else error
+    return str(cause.args[0]) if isinstance(cause, KeyError) else str(cause)
+
+
+def _parents(frame: traceback.FrameSummary) -> Sequence[pathlib.Path]:
+    return pathlib.Path(frame.filename).parents
+
+
 def fail(error: Exception) -> NoReturn:
     """One line for the person at the keyboard.
 
@@ -71,6 +98,17 @@ def fail(error: Exception) -> NoReturn:
     sys.exit(USAGE_ERROR)
 
 
+def unknown_key(error: AttributeError, argv: Sequence[str]) -> ValueError:
+    """What to say of ``--config.a.b=value`` where the config has no ``a.b``."""
+    text = _said(error)
+    key, hint = _QUOTED.search(text), _HINT.search(text)
+    named = [arg for arg in argv if key and arg.partition("=")[0].endswith(f".{key[1]}")]
+    return ValueError(
+        f"{' or '.join(named) or text}: the config has no such key"
+        + (f"; did you mean {hint[1]!r}?" if hint else "")
+    )
+
+
 def parse(argv: Sequence[str]) -> list[str]:
     """The command line; a config file that is absent and a key that is unknown end at once."""
     try:
@@ -80,16 +118,18 @@ def parse(argv: Sequence[str]) -> list[str]:
         return rest
     except (flags.Error, OSError, AttributeError, ValueError) as error:
         # ml_collections wraps what went wrong in a report; the fault itself stands last.
-        lines = [line.strip() for line in str(error).replace("\\n", " ").splitlines()]
-        text = next((line for line in reversed(lines) if line), repr(error))
-        fail(ValueError(text.removeprefix("'").replace("\\'", "'")))
+        if isinstance(error, AttributeError):
+            fail(unknown_key(error, argv))
+        lines = [line.strip() for line in str(error).splitlines()]
+        fail(ValueError(next((line for line in reversed(lines) if line), repr(error))))
 
 
 def run_program(main: Callable[[ConfigDict, str], Any]) -> None:
     """Parses the command line and calls ``main(config, workdir)``.
 
-    A `ValueError` that this package raised is bad input from a person: one line on stderr and
-    exit status 2. Everything else is a fault and keeps its traceback.
+    A `ValueError` that this package raised is bad input from a person, as is a config without a
+    key that this package reads: one line on stderr and exit status 2. Everything else is a fault
+    and keeps its traceback.
     """
 
     def start(argv: list[str]) -> None:
@@ -103,6 +143,14 @@ def run_program(main: Callable[[ConfigDict, str], Any]) -> None:
             if not is_ours(error):
                 raise
             fail(error)
+        except AttributeError as error:
+            said = missing_key(error)
+            if said is None:
+                raise
+            fail(said)
 
+    for flag in (_CONFIG, _WORKDIR, _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID, _DISTRIBUTED):
+        # --help lists the flags of the program that was started.
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(start, flags_parser=parse)

@@ -41,8 +41,12 @@ def trained_role(folder: str) -> str:
     return "policy" if "policy" in models else next(iter(models))
 
 
-def describe(section: ConfigDict, vocab_size: int, **changes: Any) -> ModelConfig:
+def describe(
+    section: ConfigDict, vocab_size: int, *, path: str = "model", **changes: Any
+) -> ModelConfig:
     """The model config of ``section`` (name or init_from, and overrides), then ``changes``.
+
+    ``path`` is where the section stands in the config, for messages.
 
     Raises:
         ValueError: if the tokenizer has more tokens than the model.
@@ -51,10 +55,10 @@ def describe(section: ConfigDict, vocab_size: int, **changes: Any) -> ModelConfi
     name, init_from = values.pop("name", ""), values.pop("init_from", "")
     if not init_from:
         return build.call(
-            "model", named_size, {"name": name, "vocab_size": vocab_size} | values | changes
+            path, named_size, {"name": name, "vocab_size": vocab_size} | values | changes
         )
     if not pathlib.Path(init_from).is_dir():
-        raise ValueError(f"model.init_from={init_from!r} is not a folder")
+        raise ValueError(f"{path}.init_from={init_from!r} is not a folder")
     if is_hf_folder(init_from):
         base = read_hf_config(init_from)
     else:
@@ -67,7 +71,7 @@ def describe(section: ConfigDict, vocab_size: int, **changes: Any) -> ModelConfi
     unknown = [k for k in values if k not in (*OWN_FIELDS, "score_heads", *_ADAPTERS)]
     if unknown:
         raise ValueError(
-            f"model.{unknown[0]} cannot be set beside model.init_from={init_from!r}, which "
+            f"{path}.{unknown[0]} cannot be set beside {path}.init_from={init_from!r}, which "
             f"decides the shape; what can: {', '.join((*OWN_FIELDS, 'score_heads', *_ADAPTERS))}"
         )
     return dataclasses.replace(base, **({"lora_rank": 0, "score_heads": ()} | values | changes))

@@ -30,6 +30,7 @@ def changed(**fields):
         ({"model.name": "huge"}, "known sizes"),
         ({"model.init_from": "/does/not/exist"}, "model.init_from"),
         ({"value.init_from": "exact"}, "without a model"),
+        ({"value.init_from": "/does/not/exist"}, "value.init_from='/does/not/exist' is not a"),
         ({"data.max_prompt": 3}, "max_prompt"),
         ({"data.options.modulus": 7}, "modulus=7"),
         ({"rollout.sampling.top_p": 0.0}, "top_p"),
@@ -47,6 +48,14 @@ def test_unknown_keys_list_the_known_ones(tmp_path):
     config = changed(**{"data.data_dir": str(tmp_path)})
     config.algorithm = dict(name="ppo", kl_coeff=0.1)
     with pytest.raises(ValueError, match=r"kl_coeff.*kl_coef"):
+        make_plan(config)
+
+
+def test_a_reward_without_weight_is_named(tmp_path):
+    config = changed(**{"data.data_dir": str(tmp_path)})
+    with config.unlocked():
+        del config.rewards.length.weight
+    with pytest.raises(ValueError, match=r"rewards\.length\.weight is missing"):
         make_plan(config)
 
 

@@ -56,17 +56,18 @@ def set_up_logging() -> None:
 
 def is_ours(error: BaseException) -> bool:
     """Whether ``error`` was raised in this package, not in a library that it called."""
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    folder = pathlib.Path(__file__).parent
-    return last is not None and folder in pathlib.Path(last.tb_frame.f_code.co_filename).parents
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and _in_package(frames[-1])
+
+
+def _in_package(frame: traceback.FrameSummary) -> bool:
+    return pathlib.Path(__file__).parent in pathlib.Path(frame.filename).parents
 
 
 def missing_key(error: AttributeError) -> ValueError | None:
     """What to say where this package read a key that the config does not have; else None."""
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if pathlib.Path(__file__).parent in _parents(frame)]
+    ours = [frame for frame in frames if _in_package(frame)]
     if not ours or "ml_collections" not in frames[-1].filename:
         return None
     reader, key = ours[-1], _said(error).strip("\"'")
@@ -80,10 +81,6 @@ def _said(error: AttributeError) -> str:
     """The text of ml_collections, which wraps a KeyError."""
     cause = error.args[0] if error.args else error
     return str(cause.args[0]) if isinstance(cause, KeyError) else str(cause)
-
-
-def _parents(frame: traceback.FrameSummary) -> Sequence[pathlib.Path]:
-    return pathlib.Path(frame.filename).parents
 
 
 def fail(error: Exception) -> NoReturn:

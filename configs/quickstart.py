@@ -16,38 +16,44 @@ from ml_collections import ConfigDict
 from configs.common import parse_arg
 
 ALPHABET = "\n #*+-0123456789="
-MAX_PROMPT = 16  # tokens: characters here
-MAX_TOKENS = 40
-MAX_LENGTH = MAX_PROMPT + MAX_TOKENS
 MESH = dict(data=-1, fsdp=1, tensor=1)  # -1: all devices that remain
+
+
+def lengths(args: ConfigDict) -> tuple[int, int]:
+    """The longest prompt and completion in tokens, which are characters here."""
+    return (12, 24) if args.small else (16, 32)
 
 
 def data(args: ConfigDict, split: str) -> dict:
     """Problems; demonstrations slip in half of the steps that have a carry or borrow."""
-    options = dict(min_ops=2, max_ops=4, modulus=100, slip=0.5, train=20_000, test=2_000)
-    if args.small:  # so easy that a hundred steps give right and wrong samples
-        options = dict(min_ops=1, max_ops=2, modulus=10, slip=0.0, train=2_000, test=200)
+    # No minus: a forgotten carry and a forgotten borrow would cancel, and a wrong solution would
+    # have the right answer.
+    options = dict(
+        min_ops=2, max_ops=3, modulus=100, operators="+*", slip=0.5, train=20_000, test=2_000
+    )
+    if args.small:
+        options |= dict(min_ops=1, max_ops=2, operators="+", train=4_000, test=500)
     return dict(
         name="arithmetic",
         split=split,
         data_dir="",
         options=options,
         template="{question}\n",
-        max_prompt=MAX_PROMPT,
-        max_length=MAX_LENGTH,
+        max_prompt=lengths(args)[0],
+        max_length=sum(lengths(args)),
         overlong="error",
         tokenizer="chars:" + ALPHABET,
     )
 
 
-def labels(kind: str, file: str, rows: int, weight: float = 1.0) -> dict:
+def labels(args: ConfigDict, kind: str, file: str, rows: int, weight: float = 1.0) -> dict:
     """One source of reward-model data, written by the labelling stage."""
     return dict(
         kind=kind,
         name="jsonl:{workdir}/labels/" + file,
         split="train",
         template="{prompt}",
-        max_length=MAX_LENGTH,
+        max_length=sum(lengths(args)),
         overlong="error",
         weight=weight,
         rows=rows,
@@ -69,12 +75,12 @@ def steps(count: int) -> dict:
     return dict(steps=count, max_skipped=3)
 
 
-def rollout(samples: int) -> dict:
+def rollout(args: ConfigDict, samples: int) -> dict:
     """64 prompts, sampled as they are."""
     return dict(
         prompts=64,
         samples=samples,
-        max_tokens=MAX_TOKENS,
+        max_tokens=lengths(args)[1],
         max_draws=1,
         sampling=dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0),
     )
@@ -90,8 +96,8 @@ def sft(args: ConfigDict) -> dict:
         sources=dict(demonstrations=demonstrations),
         optimizer=dict(learning_rate=2e-3, schedule="cosine", warmup=0 if args.small else 20),
         updates=dict(microbatches=1),
-        train=steps(120 if args.small else 800),
-        eval=dict(every=800, sources=dict()),
+        train=steps(500 if args.small else 600),
+        eval=dict(every=600, sources=dict()),
     )
 
 
@@ -102,9 +108,9 @@ def label_samples(args: ConfigDict) -> dict:
         mesh=MESH,
         model=dict(init_from="{workdir}/sft"),
         data=data(args, "train"),
-        rollout=rollout(samples=4),
+        rollout=rollout(args, samples=4),
         # problems, the share held out for the evaluation, pairs per problem
-        label=dict(problems=256 if args.small else 4_096, held_out=0.2, pairs=4),
+        label=dict(problems=1_024 if args.small else 4_096, held_out=0.2, pairs=4),
     )
 
 
@@ -116,14 +122,14 @@ def reward(args: ConfigDict) -> dict:
         reward=dict(score_heads=("outcome", "process")),
         data=dict(tokenizer="chars:" + ALPHABET),
         sources=dict(
-            pairs=labels("pairs", "pairs.jsonl", 32),
-            correctness=labels("correctness", "correctness.jsonl", 32),
+            pairs=labels(args, "pairs", "pairs.jsonl", 16, weight=0.5),
+            correctness=labels(args, "correctness", "correctness.jsonl", 32, weight=0.5),
             # Step labels say where it went wrong; without them verdicts are learnt by heart.
-            steps=labels("steps", "steps.jsonl", 96, weight=4.0),
+            steps=labels(args, "steps", "steps.jsonl", 96, weight=4.0),
         ),
         optimizer=dict(learning_rate=1e-3, schedule="cosine", warmup=0 if args.small else 10),
         updates=dict(microbatches=1, centre_coef=0.01),
-        train=steps(2 if args.small else 300),
+        train=steps(120 if args.small else 300),
         eval=dict(every=300, sources=dict()),
     )
 
@@ -138,10 +144,11 @@ def policy(args: ConfigDict) -> dict:
         value=dict(init_from="outcome"),
         data=data(args, "train"),
         extra=dict(),
-        rollout=rollout(samples=4),
+        rollout=rollout(args, samples=4),
         rewards=dict(
             outcome=dict(name="outcome_model", **learned, head="outcome", normalise=True, clip=3.0),
             process=dict(name="process_model", **learned, head="process"),
+            exact=dict(name="exact_match", weight=0.0),  # gold: it is logged and trains nothing
         ),
         algorithm=dict(name="ppo", gamma=1.0, lam=0.95, kl_coef=0.2, clip=0.2),
         optimizer=dict(
@@ -149,7 +156,7 @@ def policy(args: ConfigDict) -> dict:
             value=dict(learning_rate=1e-3, schedule="constant", warmup=2, eps=1e-5),
         ),
         updates=dict(epochs=1, minibatches=2, microbatches=1),
-        train=steps(2 if args.small else 40),
+        train=steps(12 if args.small else 40),
     )
 
 
@@ -163,15 +170,16 @@ def evaluation(args: ConfigDict) -> dict:
             sft=dict(init_from="{workdir}/sft"), policy=dict(init_from="{workdir}/policy")
         ),
         modes=("sample", "greedy"),
-        problems=64 if args.small else 1_024,
+        reference="sft",
+        problems=256 if args.small else 2_000,
         data=data(args, "test"),
-        rollout=rollout(samples=1),
+        rollout=rollout(args, samples=1),
         reward=dict(
             init_from="{workdir}/reward",
             sources=dict(
-                pairs=labels("pairs", "held_out_pairs.jsonl", 16),
-                correctness=labels("correctness", "held_out_correctness.jsonl", 16),
-                steps=labels("steps", "held_out_steps.jsonl", 16),
+                pairs=labels(args, "pairs", "held_out_pairs.jsonl", 16),
+                correctness=labels(args, "correctness", "held_out_correctness.jsonl", 16),
+                steps=labels(args, "steps", "held_out_steps.jsonl", 16),
             ),
         ),
     )

@@ -88,8 +88,8 @@ main() {
         return
         ;;
       -*)
-        usage >&2
-        fail "unknown option $1"
+        printf 'launch/setup.sh: unknown option %s; --help lists what there is\n' "$1" >&2
+        exit 2
         ;;
       *) extras+=("$1") ;;
     esac

@@ -5,7 +5,7 @@ This and the programs beside it are the only readers of ConfigDict. Everything b
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
@@ -21,6 +21,8 @@ from rlhf_jax.data.texts import texts
 from rlhf_jax.mesh import ShardingRules, batch_shards, make_mesh, shard_rows
 from rlhf_jax.rewards.base import clip, combine, normalise, shrink, split_places
 from rlhf_jax.sampling.methods import make_sampling
+from rlhf_jax.schema import check_call, check_keys, check_section, within
+from rlhf_jax.sections import Wrappers
 from rlhf_jax.text.tokenizer import Tokenizer, load_tokenizer
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.types import Algorithm, Needs, Reward, Sampling
@@ -32,7 +34,7 @@ _RUN = ("kind", "weight", "rows", "max_prompt", "tokenizer")
 # What a reward's factory gets if it names it among its parameters.
 RESOURCES = ("model", "params", "mesh", "decode", "records", "rows")
 # Keys of a reward's section that wrap the reward; all others go to its factory.
-_WRAPPERS = ("name", "weight", "init_from", "normalise", "clip", "shrink")
+_WRAPPERS = tuple(Wrappers.__annotations__)
 
 
 class Rollout(NamedTuple):
@@ -45,29 +47,33 @@ class Rollout(NamedTuple):
     max_draws: int
 
 
-def call(path: str, factory: Callable, values: Mapping[str, Any]) -> Any:
-    """Calls ``factory`` with a section's values; a wrong key is named with the known ones.
+def call(path: str, factory: Callable, values: Mapping[str, Any], **ours: Any) -> Any:
+    """Calls ``factory`` with a section's values; what is wrong with them is named with ``path``.
+
+    Args:
+        ours: what the factory gets beside them and the section may not set.
 
     Raises:
-        ValueError: naming ``path``, for keys that the factory does not take or lacks.
+        ValueError: for keys that the factory does not take or lacks, and for what it refuses.
     """
-    check_call(path, factory, values)
-    return factory(**values)
+    check_call(path, factory, values, given=ours)
+    with within(path):
+        return factory(**values, **ours)
 
 
-def check_call(path: str, factory: Callable, values: Mapping[str, Any]) -> None:
-    """Raises the ValueError of `call`; calls nothing."""
-    signature = inspect.signature(factory)
-    try:
-        signature.bind(**values)
-    except TypeError as error:
-        known = ", ".join(signature.parameters)
-        raise ValueError(f"{path}: {error}; it takes: {known}") from error
+def member(path: str, shelf: str, section: ConfigDict) -> Callable:
+    """The factory of a shelf that ``section.name`` names; the known ones are listed if it is not
+    there."""
+    if "name" not in section:
+        raise ValueError(f"{path}.name is missing; known: {', '.join(find.members(shelf))}")
+    with within(f"{path}.name"):
+        return find.find(shelf, section.name)
 
 
 def tokenizer(config: ConfigDict) -> Tokenizer:
     """The tokenizer of ``config.data.tokenizer``."""
-    return load_tokenizer(config.data.tokenizer)
+    with within("data.tokenizer"):
+        return load_tokenizer(config.data.tokenizer)
 
 
 def source(path: str, section: ConfigDict) -> RecordSource:
@@ -76,32 +82,43 @@ def source(path: str, section: ConfigDict) -> RecordSource:
     return call(path, open_source, values)
 
 
+def check_source(path: str, section: ConfigDict, kinds: Sequence[str] = tuple(KINDS)) -> None:
+    """Raises a ValueError for a source of supervised rows that cannot be made; opens nothing."""
+    check_keys(path, section, section, ("kind", "name", "rows"))
+    if section.kind not in kinds:
+        raise ValueError(f"{path}.kind={section.kind!r}; this program takes {', '.join(kinds)}")
+    if not isinstance(section.rows, int) or section.rows < 1:
+        raise ValueError(f"{path}.rows={section.rows!r}; wanted 1 or more")
+    values = {k: v for k, v in section.to_dict().items() if k not in (*_SOURCE, *_RUN)}
+    ours, others = ("sources", "tokenizer", "seed"), (*_SOURCE, *_RUN)
+    check_call(path, KINDS[section.kind], values, given=ours, also=others)
+
+
 def examples(path: str, section: ConfigDict, text: Tokenizer, seed: int) -> ExampleSource:
     """Batches of the kind of supervised rows that ``section.kind`` names.
 
     The other keys of the section are those of its source, of the run (weight, rows), and of the
     factory of its kind in `rlhf_jax.data`.
     """
-    if section.kind not in KINDS:
-        raise ValueError(f"{path}.kind={section.kind!r}; known: {', '.join(KINDS)}")
-    others = (*_SOURCE, *_RUN)
-    values = {k: v for k, v in section.to_dict().items() if k not in others}
-    found = [source(path, section)]
-    return call(path, functools.partial(KINDS[section.kind], found, text), values | {"seed": seed})
+    check_source(path, section)
+    values = {k: v for k, v in section.to_dict().items() if k not in (*_SOURCE, *_RUN)}
+    with within(path):
+        return KINDS[section.kind]([source(path, section)], text, seed=seed, **values)
 
 
 def prompts(config: ConfigDict, text: Tokenizer) -> PromptSource:
     """The prompts of ``config.data``, drawn in an order that ``config.seed`` decides."""
     data = config.data
-    return PromptSource(
-        [source("data", data)],
-        text,
-        template=data.template,
-        max_prompt=data.max_prompt,
-        seed=config.seed,
-        shuffle=True,
-        overlong=data.overlong,
-    )
+    with within("data"):
+        return PromptSource(
+            [source("data", data)],
+            text,
+            template=data.template,
+            max_prompt=data.max_prompt,
+            seed=config.seed,
+            shuffle=True,
+            overlong=data.overlong,
+        )
 
 
 def fetch(
@@ -113,23 +130,31 @@ def fetch(
 
 def mesh(config: ConfigDict) -> tuple[Mesh, ShardingRules]:
     """The device mesh of ``config.mesh`` and the rules from logical to mesh axes."""
-    return make_mesh(config.mesh.to_dict()), ShardingRules()
+    with within("mesh"):
+        return make_mesh(config.mesh.to_dict()), ShardingRules()
 
 
 def algorithm(config: ConfigDict) -> Algorithm:
     """The algorithm that ``config.algorithm.name`` names, made with the section's other keys."""
-    values = config.algorithm.to_dict()
-    return call("algorithm", find.find("algorithms", values.pop("name")), values)
+    factory = member("algorithm", "algorithms", config.algorithm)
+    values = {k: v for k, v in config.algorithm.to_dict().items() if k != "name"}
+    check_call("algorithm", factory, values, also=("name",))
+    return call("algorithm", factory, values)
+
+
+def check_sampling(section: ConfigDict) -> None:
+    """Raises a ValueError for keys and types that `sampling` does not take; makes nothing."""
+    check_call("rollout.sampling", make_sampling, section.to_dict())
 
 
 def sampling(section: ConfigDict) -> Sampling:
     """The sampling values of a section."""
-    return call("sampling", make_sampling, section.to_dict())
+    return call("rollout.sampling", make_sampling, section.to_dict())
 
 
 def optimizer(path: str, section: ConfigDict, steps: int):
     """An optimizer for ``steps`` optimizer steps."""
-    return call(path, make_optimizer, {**section.to_dict(), "steps": steps})
+    return call(path, make_optimizer, section.to_dict(), steps=steps)
 
 
 def rollout(config: ConfigDict, needs: Needs, axes: Mesh, rules: ShardingRules) -> Rollout:
@@ -178,7 +203,7 @@ def reward_model(section: ConfigDict) -> dict[str, Any] | None:
     A factory that names `model` among its parameters is learned. One with a `head` reads that
     scalar head and needs no LM head; one without reads log-probs.
     """
-    wanted = inspect.signature(find.find("rewards", section.name)).parameters
+    wanted = inspect.signature(member("rewards", "rewards", section)).parameters
     if "model" not in wanted:
         return None
     if "head" not in wanted:
@@ -188,14 +213,25 @@ def reward_model(section: ConfigDict) -> dict[str, Any] | None:
 
 def check_reward(label: str, section: ConfigDict) -> None:
     """Raises a ValueError if the factory does not take the section's keys; builds nothing."""
-    factory = find.find("rewards", section.name)
+    factory = member(f"rewards.{label}", "rewards", section)
     values = {k: v for k, v in section.to_dict().items() if k not in _WRAPPERS}
-    given = set(RESOURCES) & set(inspect.signature(factory).parameters) - set(values)
-    check_call(f"rewards.{label}", factory, {**dict.fromkeys(given), **values})
+    ours = set(RESOURCES) - set(values)
+    check_call(f"rewards.{label}", factory, values, given=ours, also=_WRAPPERS)
     if "weight" not in section:
         raise ValueError(f"rewards.{label}.weight is missing; wanted a number, such as 1.0")
+    wrappers = {k: v for k, v in section.to_dict().items() if k in _WRAPPERS}
+    check_section(f"rewards.{label}", wrappers, Wrappers)
     if section.get("clip", 0.0) < 0:
         raise ValueError(f"rewards.{label}.clip={section.clip}; wanted 0 (off) or a limit")
+
+
+def check_weights(rewards: ConfigDict) -> None:
+    """Raises a ValueError if every reward has the weight 0, which makes a metric of it."""
+    if not any(section.get("weight", 1.0) for section in rewards.values()):
+        raise ValueError(
+            f"the weights of rewards {', '.join(rewards)} are all 0: a reward of weight 0 is a "
+            "metric that trains nothing; give one of them another weight"
+        )
 
 
 def reward(label: str, section: ConfigDict, resources: Mapping[str, Any]) -> Reward:
@@ -205,7 +241,7 @@ def reward(label: str, section: ConfigDict, resources: Mapping[str, Any]) -> Rew
     decode, records, rows), and the section's keys as values.
     """
     path = f"rewards.{label}"
-    factory = find.find("rewards", section.name)
+    factory = member(path, "rewards", section)
     values = {k: v for k, v in section.to_dict().items() if k not in _WRAPPERS}
     wanted = inspect.signature(factory).parameters
     values |= {k: v for k, v in resources.items() if k in wanted and k not in values}

@@ -2,13 +2,15 @@
 
     python -m rlhf_jax.evaluate --config=configs/X.py --workdir=DIR
 
-Policies: exact answers, sampling at temperature 1 and greedy, with 95 % intervals. Reward models:
-pair accuracy beside "the longer wins", AUC and balanced accuracy of steps beside the majority
-rate. Every evaluated completion goes to evaluation.jsonl; a table is printed.
+Policies: exact answers, sampling at temperature 1 and greedy, and how far the samples are from
+those of the policy ``reference`` (KL in nats per completion). Reward models: pair accuracy beside
+"the longer wins", AUC and balanced accuracy of steps beside the majority rate. Intervals are
+95 %. Every evaluated completion goes to evaluation.jsonl; a table is printed.
 """
 
+import itertools
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,8 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf_jax import program, reward_report, run_folder
+from rlhf_jax.compile_watch import CompileWatch
 from rlhf_jax.label_samples import write_lines
-from rlhf_jax.ops.reward_metrics import wilson_interval
+from rlhf_jax.mesh import fetch_host
+from rlhf_jax.ops.masking import masked_sum
+from rlhf_jax.ops.reward_metrics import mean_interval, wilson_interval
 from rlhf_jax.policy_sampler import PolicySampler
 from rlhf_jax.rewards.exact_match import is_exact
 from rlhf_jax.sampling.methods import make_sampling
@@ -30,22 +35,36 @@ _MODES = {"sample": (1.0, ""), "greedy": (0.0, "greedy_")}
 
 
 def policy_rows(
-    stage: str, mode: str, sampler: PolicySampler, problems: int
-) -> Iterable[dict[str, Any]]:
-    """One line of evaluation.jsonl per completion of one policy in one mode."""
+    stage: str,
+    mode: str,
+    sampler: PolicySampler,
+    reference: PolicySampler | None,
+    problems: int,
+) -> Iterator[dict[str, Any]]:
+    """One line of evaluation.jsonl per completion of one policy in one mode.
+
+    ``kl`` is log policy - log reference of a sampled completion, in nats; None without reference.
+    """
     temperature, _ = _MODES[mode]
-    for group in sampler.groups(problems, make_sampling(temperature=temperature)):
-        # Greedy samples of one prompt are all the same: one is enough.
-        for sample in group if temperature else group[:1]:
-            answer = str(sample.record["answer"])
-            yield {
-                "stage": stage,
-                "mode": mode,
-                "prompt": sample.prompt,
-                "expression": sample.record.get("expression"),
-                "completion": sample.completion,
-                "correct": sample.ended and is_exact(sample.completion, answer),
-            }
+    sampling = make_sampling(temperature=temperature)
+    for first, rollouts in sampler.batches(problems, sampling):
+        gaps: Iterator[float | None] = itertools.repeat(None)
+        if reference is not None and temperature:
+            gap = sampler.logprobs(rollouts) - reference.logprobs(rollouts)
+            gaps = iter(fetch_host(masked_sum(gap, rollouts.mask, axis=-1)).tolist())
+        for group in sampler.decode(rollouts)[: problems - first]:
+            # Greedy samples of one prompt are all the same: one is enough.
+            for sample in group if temperature else group[:1]:
+                answer = str(sample.record["answer"])
+                yield {
+                    "stage": stage,
+                    "mode": mode,
+                    "prompt": sample.prompt,
+                    "expression": sample.record.get("expression"),
+                    "completion": sample.completion,
+                    "correct": sample.ended and is_exact(sample.completion, answer),
+                    "kl": next(gaps),
+                }
 
 
 def accuracies(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
@@ -58,6 +77,20 @@ def accuracies(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     for name, correct in found.items():
         low, high = wilson_interval(sum(correct), len(correct))
         numbers |= {name: sum(correct) / len(correct), f"{name}_low": low, f"{name}_high": high}
+    return numbers
+
+
+def divergences(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """<stage>/kl, the mean over problems of the samples' KL, with 95 % intervals."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        if row["kl"] is not None:
+            found.setdefault(row["stage"], {}).setdefault(row["prompt"], []).append(row["kl"])
+    numbers = {}
+    for stage, by_prompt in found.items():
+        means = [sum(values) / len(values) for values in by_prompt.values()]
+        mean, low, high = mean_interval(means)
+        numbers |= {f"{stage}/kl": mean, f"{stage}/kl_low": low, f"{stage}/kl_high": high}
     return numbers
 
 
@@ -82,10 +115,14 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
         ValueError: for bad input, before any device is touched.
     """
     started = time.time()
+    origin = config.get("reference", "")
+    if origin and origin not in config.policies:
+        known = ", ".join(config.policies)
+        raise ValueError(f"reference={origin!r}; wanted one of policies ({known}) or empty")
     samplers = {}
-    for stage, section in config.policies.items():
+    for stage in sorted(config.policies, key=lambda name: name != origin):  # what all start from
         own = config.copy_and_resolve_references()
-        own.model.init_from = section.init_from
+        own.model.init_from = config.policies[stage].init_from
         samplers[stage] = PolicySampler(own, Purpose.EVALUATE)
         if len(samplers[stage]) < config.problems:
             raise ValueError(
@@ -97,12 +134,22 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
         row
         for stage, sampler in samplers.items()
         for mode in config.modes
-        for row in policy_rows(stage, mode, sampler, config.problems)
+        for row in policy_rows(
+            stage,
+            mode,
+            sampler,
+            samplers[origin] if stage != origin and origin else None,
+            config.problems,
+        )
     ]
     write_lines(folder / "evaluation.jsonl", rows)
-    numbers = accuracies(rows)
+    numbers = accuracies(rows) | divergences(rows)
+    compiles = sum(sampler.compiles.after_warmup for sampler in samplers.values())
     if config.reward.init_from:
-        numbers |= reward_report.report(config)
+        watch = CompileWatch()
+        numbers |= reward_report.report(config, watch)
+        compiles += watch.after_warmup
+    numbers["compiles_after_warmup"] = compiles
     if jax.process_index() == 0:
         print_table(numbers)
         write_json(folder / "summary.json", numbers | run_folder.closing_facts(started))

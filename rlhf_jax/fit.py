@@ -6,7 +6,7 @@ step labels and scalar heads instead. Checkpoints, resume and logs are those of 
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -47,8 +47,8 @@ class Fit(NamedTuple):
     optimizer: Any
 
 
-def plan(config: ConfigDict, role: str, kinds: tuple[str, ...], **changes: Any) -> Fit:
-    """Checks ``config`` and builds all that needs no parameters.
+def check(config: ConfigDict, role: str, kinds: tuple[str, ...], **changes: Any) -> Fit:
+    """Checks ``config`` and builds what needs neither parameters nor data.
 
     Args:
         role: the name under which the model trains and is found by later stages.
@@ -62,28 +62,20 @@ def plan(config: ConfigDict, role: str, kinds: tuple[str, ...], **changes: Any) 
     if not config.sources:
         raise ValueError(f"sources is empty: name at least one source of kind {', '.join(kinds)}")
     for label, section in config.sources.items():
-        if section.kind not in kinds:
-            raise ValueError(
-                f"sources.{label}.kind={section.kind!r}; this program takes {', '.join(kinds)}"
-            )
+        build.check_source(f"sources.{label}", section, kinds)
+        if "weight" not in section:
+            raise ValueError(f"sources.{label}.weight is missing; wanted a number, such as 1.0")
+    for label, section in config.eval.sources.items():
+        build.check_source(f"eval.sources.{label}", section, kinds)
     mesh, rules = build.mesh(config)
     parts = config.updates.microbatches
     for label, section in config.sources.items():
         if section.rows % (parts * batch_shards(mesh, rules)):
             raise ValueError(
                 f"sources.{label}.rows={section.rows} does not divide into updates.microbatches="
-                f"{parts} x {batch_shards(mesh, rules)} batch shards of the mesh"
+                f"{parts} x {batch_shards(mesh, rules)} batch shards of the mesh; set its rows, "
+                "updates.microbatches or mesh.data and mesh.fsdp"
             )
-    sources = {
-        label: build.examples(f"sources.{label}", section, text, config.seed)
-        for label, section in config.sources.items()
-    }
-    held_out = {
-        label: build.examples(f"eval.sources.{label}", section, text, config.seed)
-        for label, section in config.eval.sources.items()
-    }
-    for label, source in held_out.items():
-        check_rows(f"eval.sources.{label}", config.eval.sources[label], source)
     described = roles.describe(config.model, text.vocab_size, **changes)
     optimizer = build.optimizer("optimizer", config.optimizer, config.train.steps)
     return Fit(
@@ -93,10 +85,34 @@ def plan(config: ConfigDict, role: str, kinds: tuple[str, ...], **changes: Any) 
         rules,
         described,
         decoder(described, rules),
-        sources,
-        held_out,
+        {},
+        {},
         optimizer,
     )
+
+
+def open_sources(fit: Fit, later: Callable[[ConfigDict], bool] = lambda section: False) -> Fit:
+    """``fit`` with its data, read and encoded once.
+
+    Args:
+        later: whether a source is not there yet, as a pipeline's earlier stage will write it.
+
+    Raises:
+        ValueError: naming the source, and file and line where it is a file.
+    """
+    config, text = fit.config, build.tokenizer(fit.config)
+
+    def read(path: str, sections: ConfigDict) -> dict[str, ExampleSource]:
+        return {
+            label: build.examples(f"{path}.{label}", section, text, config.seed)
+            for label, section in sections.items()
+            if not later(section)
+        }
+
+    held_out = read("eval.sources", config.eval.sources)
+    for label, source in held_out.items():
+        check_rows(f"eval.sources.{label}", config.eval.sources[label], source)
+    return fit._replace(sources=read("sources", config.sources), held_out=held_out)
 
 
 def check_rows(path: str, section: ConfigDict, source: ExampleSource) -> None:
@@ -109,7 +125,7 @@ def create(fit: Fit) -> RunState:
     """The state at step 0."""
     config = fit.config
     key = step_key(config.seed, Purpose.INIT_POLICY, 0)
-    folder = config.model.init_from
+    folder = config.model.get("init_from", "")
     loaded = roles.load(folder, fit.mesh, fit.rules) if folder else {}
     params = roles.fill(fit.model, loaded, key, fit.mesh, fit.rules)
     trained, base = partition(params, fit.described)
@@ -168,6 +184,7 @@ def run(fit: Fit, workdir: str) -> RunState:
     """The loop. Resumes if ``workdir`` has a checkpoint."""
     started = time.time()
     config = fit.config
+    roles.check_start("model", config.model.get("init_from", ""))
     folder = run_folder.prepare(workdir, config, {fit.role: fit.described})
     with jax.set_mesh(fit.mesh), RunLog(folder, config) as log:
         state, first = log.restore(create(fit))
@@ -184,7 +201,7 @@ def run(fit: Fit, workdir: str) -> RunState:
         update = compile_update(step_fn, state.train, fit.mesh)
         evaluate = evaluator(fit)
         frozen = {fit.role: state.reference}
-        for step in range(first, config.train.steps):
+        for step in log.steps(first):
             mixture = fetch(fit, fit.sources, config.sources, state.data_position)
             key = step_key(config.seed, Purpose.UPDATE, step)
             train, metrics = update(state.train, frozen, mixture, key)

@@ -1,31 +1,40 @@
-"""Labels for reward models from a policy's own samples, where the data set can be checked.
+"""Labels for reward models from a policy's own samples, by an exact checker or by a reward.
 
     python -m rlhf_jax.label_samples --config=configs/X.py --workdir=DIR
 
-K samples for each of M problems; the data set's exact checker says which steps and which final
-answers are right. Three files of one line per item: correctness.jsonl (prompt, completion,
+K samples for each of M problems, in files of one line per item. The exact checker of the arithmetic
+task says which steps and which final answers are right: correctness.jsonl (prompt, completion,
 label), pairs.jsonl (prompt, chosen, rejected: a right and a wrong sample of one problem) and
-steps.jsonl (prompt, steps, labels). A part of the problems is held out whole, in files named
-held_out_*.jsonl.
+steps.jsonl (prompt, steps, labels). For any data, ``label.reward`` names a reward that needs no
+model (``dict(name="keywords", ...)``): scores.jsonl (prompt, completion, truncated, score) and
+pairs.jsonl, the higher score chosen, ties and differences below ``label.margin`` left out. A part
+of the problems is held out whole, in files named held_out_*.jsonl. ``label.shuffle=True`` is a
+control: labels for training are dealt out anew at random, held-out ones stay true.
 """
 
 import json
 import pathlib
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from rlhf_jax import program, run_folder
+from rlhf_jax import label_scores, program, run_folder
 from rlhf_jax.data.arithmetic import label_solution
+from rlhf_jax.judge import check_judge, make_judge
+from rlhf_jax.label_shuffle import shuffled
 from rlhf_jax.policy_sampler import PolicySampler
 from rlhf_jax.text.steps import split_steps
 from rlhf_jax.training.keys import Purpose
 from rlhf_jax.training.writer import write_json
+from rlhf_jax.types import Rollouts
+
+Rows = dict[str, list[dict[str, Any]]]  # lines by file
+Labeller = Callable[[Rollouts], Iterator[Rows]]  # the lines of each problem of a batch
 
 
 class Sample(NamedTuple):
@@ -53,7 +62,7 @@ def pairs(group: list[Sample], limit: int, rng: random.Random) -> Iterator[tuple
     yield from rng.sample(both, min(limit, len(both)))
 
 
-def rows_of(group: list[Sample], limit: int, rng: random.Random) -> dict[str, list[dict[str, Any]]]:
+def rows_of(group: list[Sample], limit: int, rng: random.Random) -> Rows:
     """The lines that one problem's samples give, by file."""
     ended = [sample for sample in group if sample.ended]
     return {
@@ -75,12 +84,50 @@ def rows_of(group: list[Sample], limit: int, rng: random.Random) -> dict[str, li
 
 def check_config(config: ConfigDict) -> None:
     """Raises a ValueError for what cannot be labelled."""
-    if config.data.name != "arithmetic":
+    label = config.label
+    if "reward" not in label and config.data.name != "arithmetic":
         raise ValueError(
-            f"data.name={config.data.name!r} has no exact checker of steps; only 'arithmetic' has"
+            f"data.name={config.data.name!r} has no exact checker of steps, only 'arithmetic' has; "
+            "set label.reward=dict(name=...) to a reward whose scores make the pairs"
         )
-    if not 0 <= config.label.held_out < 1:
-        raise ValueError(f"label.held_out={config.label.held_out}; wanted a share below 1")
+    if not 0 <= label.held_out < 1:
+        raise ValueError(f"label.held_out={label.held_out}; wanted a share below 1")
+    if label.get("margin", 0.0) < 0:
+        raise ValueError(f"label.margin={label.margin}; wanted 0 or a difference of scores")
+    if label.get("margin", 0.0) and "reward" not in label:
+        raise ValueError(f"label.margin={label.margin} needs label.reward, whose scores differ")
+    if "reward" in label:
+        check_judge("label.reward", label.reward)
+
+
+def by_checker(config: ConfigDict, sampler: PolicySampler) -> Labeller:
+    """Labels of the data set's exact checker: correctness, pairs and steps."""
+    rng, limit = random.Random(config.seed), config.label.pairs
+    modulus = config.data.options.modulus
+
+    def label(rollouts: Rollouts) -> Iterator[Rows]:
+        for group in sampler.decode(rollouts):
+            samples = [
+                check(c.prompt, c.record["question"], c.completion, c.ended, modulus) for c in group
+            ]
+            yield rows_of(samples, limit, rng)
+
+    return label
+
+
+def by_reward(config: ConfigDict, sampler: PolicySampler) -> Labeller:
+    """Labels from the scores of ``label.reward``: scores and pairs."""
+    judge = make_judge("label.reward", config.label.reward, sampler)
+    rng, limit = random.Random(config.seed), config.label.pairs
+    margin = config.label.get("margin", 0.0)
+
+    def label(rollouts: Rollouts) -> Iterator[Rows]:
+        scores = iter(judge(rollouts).tolist())
+        for group in sampler.decode(rollouts):
+            scored = [label_scores.Scored(sample, next(scores)) for sample in group]
+            yield label_scores.rows_of(scored, limit=limit, margin=margin, rng=rng)
+
+    return label
 
 
 def label_samples(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -92,33 +139,43 @@ def label_samples(config: ConfigDict, workdir: str) -> dict[str, Any]:
     started = time.time()
     check_config(config)
     sampler = PolicySampler(config, Purpose.EVALUATE)
-    if len(sampler) < config.label.problems:
+    problems = config.label.problems
+    if len(sampler) < problems:
         raise ValueError(
-            f"label.problems={config.label.problems} but data.split={config.data.split!r} has "
+            f"label.problems={problems} but data.split={config.data.split!r} has "
             f"{len(sampler)}: a problem must not come twice"
         )
+    label = (by_reward if "reward" in config.label else by_checker)(config, sampler)
     folder = run_folder.prepare(workdir, config, {})
-    held_out = round(config.label.problems * config.label.held_out)
-    rng = random.Random(config.seed)
-    modulus = config.data.options.modulus
-    rows: dict[str, list[dict[str, Any]]] = {}
-    groups = sampler.groups(config.label.problems)
-    for index, group in enumerate(tqdm(groups, total=config.label.problems, unit="problem")):
-        samples = [
-            check(c.prompt, c.record["question"], c.completion, c.ended, modulus) for c in group
-        ]
-        prefix = "held_out_" if index < held_out else ""
-        for name, lines in rows_of(samples, config.label.pairs, rng).items():
-            rows.setdefault(prefix + name, []).extend(lines)
+    held_out = round(problems * config.label.held_out)
+    rows: Rows = {}
+    with tqdm(total=problems, unit="problem") as bar:
+        for first, rollouts in sampler.batches(problems):
+            for index, found in zip(range(first, problems), label(rollouts), strict=False):
+                prefix = "held_out_" if index < held_out else ""
+                for name, lines in found.items():
+                    rows.setdefault(prefix + name, []).extend(lines)
+                bar.update()
+    if config.label.get("shuffle", False):
+        rows = shuffled(rows, random.Random(config.seed))
     for name, lines in rows.items():
         write_lines(folder / f"{name}.jsonl", lines)
-    summary = {f"rows/{name}": len(lines) for name, lines in rows.items()}
-    labels = [line["label"] for line in rows["correctness"]]
-    summary["accuracy"] = sum(labels) / max(1, len(labels))
+    summary = counts(rows)
+    summary["compiles_after_warmup"] = sampler.compiles.after_warmup
     summary |= run_folder.closing_facts(started)
     if jax.process_index() == 0:
         write_json(folder / "summary.json", summary)
     return summary
+
+
+def counts(rows: Rows) -> dict[str, Any]:
+    """Lines by file, and the mean of what the training files say."""
+    numbers: dict[str, Any] = {f"rows/{name}": len(lines) for name, lines in rows.items()}
+    for file, field, name in (("correctness", "label", "accuracy"), ("scores", "score", "score")):
+        if file in rows:
+            values = [line[field] for line in rows[file]]
+            numbers[name] = sum(values) / max(1, len(values))
+    return numbers
 
 
 def write_lines(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:

@@ -7,18 +7,21 @@ the text ``{workdir}`` stands for DIR, so a stage can start from an earlier one.
 its summary.json is done and is not run again; one that was stopped resumes.
 """
 
-import json
 import logging
+import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from rlhf_jax import program, run_folder
-from rlhf_jax.evaluate import evaluate
+from rlhf_jax.evaluate import evaluate, print_table
+from rlhf_jax.evaluate_gold import evaluate_gold
 from rlhf_jax.label_samples import label_samples
+from rlhf_jax.rehearse import place, rehearse
+from rlhf_jax.report import report
 from rlhf_jax.train_policy import train_policy
 from rlhf_jax.train_reward import train_reward
 from rlhf_jax.train_sft import train_sft
@@ -31,16 +34,8 @@ PROGRAMS: Mapping[str, Callable[[ConfigDict, str], Any]] = {
     "train_reward": train_reward,
     "train_policy": train_policy,
     "evaluate": evaluate,
+    "evaluate_gold": evaluate_gold,
 }
-
-
-def place(values: Any, workdir: str) -> Any:
-    """``values`` with ``{workdir}`` replaced in every text."""
-    if isinstance(values, Mapping):
-        return {name: place(value, workdir) for name, value in values.items()}
-    if isinstance(values, list | tuple):
-        return type(values)(place(value, workdir) for value in values)
-    return values.replace("{workdir}", workdir) if isinstance(values, str) else values
 
 
 def check(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
@@ -63,6 +58,31 @@ def check(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
     return [(name, config.stages[name]) for name in names]
 
 
+def finished(folder: pathlib.Path, stages: Sequence[tuple[str, ConfigDict]]) -> list[str]:
+    """The stages that are done: summary.json is there and says as many steps as the config.
+
+    Raises:
+        ValueError: where a stage that others were made from was made longer.
+    """
+    done = []
+    for number, (name, stage) in enumerate(stages):
+        path = folder / name / "summary.json"
+        if not path.is_file():
+            continue
+        wanted = stage.config.get("train", {}).get("steps", 0)
+        took = run_folder.read_json(path).get("steps", wanted)
+        later = [other for other, _ in stages[number + 1 :] if (folder / other).exists()]
+        if wanted > took and later:
+            raise ValueError(
+                f"stages.{name}.config.train.steps={wanted} but the stage ended after {took}, and "
+                f"{', '.join(later)} came after it; move away what they left in {folder} to run "
+                "them again, or use a new workdir"
+            )
+        if wanted <= took:
+            done.append(name)
+    return done
+
+
 def pipeline(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """Runs the stages of ``config.order`` that are not done; returns the last one's summary.
 
@@ -70,26 +90,50 @@ def pipeline(config: ConfigDict, workdir: str) -> dict[str, Any]:
         ValueError: for bad input.
     """
     stages = check(config)
+    run_folder.check_workdir(workdir, config)
+    done = finished(pathlib.Path(workdir), stages)
+    rehearse(stages, workdir, done)
     folder = run_folder.prepare(workdir, config, {})
     started = time.time()
-    summary, seconds = {}, {}
+    summaries: dict[str, dict[str, Any]] = {}
     for name, stage in stages:
-        done = folder / name / "summary.json"
-        if run_folder.agreed(done.exists()):
-            _log.info("stage %s: done before, in %s", name, done.parent)
+        skipped = run_folder.agreed(name in done)
+        if skipped:
+            _log.info("stage %s: done before, in %s", name, folder / name)
         else:
             _log.info("stage %s: %s", name, stage.program)
             own = ConfigDict(place(stage.config.to_dict(), str(folder)))
             PROGRAMS[stage.program](own, str(folder / name))
             run_folder.barrier(f"stage {name}")
-        summary = json.loads(done.read_text())
-        seconds[f"seconds/{name}"] = summary["seconds"]
+        summaries[name] = run_folder.read_json(folder / name / "summary.json")
+        if skipped and stage.program.startswith("evaluate") and jax.process_index() == 0:
+            print_table(run_folder.results(summaries[name]))
     if jax.process_index() == 0:
-        # What an earlier session did counts too.
-        total = {"seconds": round(sum(seconds.values()), 1)}
-        facts = run_folder.closing_facts(started) | total
-        write_json(folder / "summary.json", summary | seconds | facts)
-    return summary
+        facts = run_folder.closing_facts(started)
+        write_json(folder / "summary.json", summarise(summaries, facts))
+        picture = report(folder, dict(stages))
+        if picture is not None:
+            _log.info("drew %s", picture)
+    return summaries[stages[-1][0]]
+
+
+def summarise(
+    summaries: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The last stage's results with what all stages took; earlier sessions' stages count too.
+
+    ``seconds`` is the sum over stages, ``peak_memory_bytes`` the most that any needed, and
+    ``compiles_after_warmup`` counts programs compiled behind the second iteration of any loop.
+    """
+    every = list(summaries.values())
+    return {
+        **every[-1],
+        **facts,
+        **{f"seconds/{name}": stage["seconds"] for name, stage in summaries.items()},
+        "seconds": round(sum(stage["seconds"] for stage in every), 1),
+        "peak_memory_bytes": max(stage["peak_memory_bytes"] for stage in every),
+        "compiles_after_warmup": sum(stage["compiles_after_warmup"] for stage in every),
+    }
 
 
 if __name__ == "__main__":

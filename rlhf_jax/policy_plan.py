@@ -4,7 +4,7 @@ All checks happen here, before a device holds anything.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
@@ -16,6 +16,7 @@ from rlhf_jax.data.prompts import PromptSource
 from rlhf_jax.mesh import ShardingRules
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.transformer import decoder
+from rlhf_jax.schema import check_keys
 from rlhf_jax.text.steps import token_tables
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.training.state import Models
@@ -41,26 +42,36 @@ class PolicyPlan(NamedTuple):
     optimizers: Mapping[str, Any]
 
 
-def make_plan(config: ConfigDict) -> PolicyPlan:
+def make_plan(config: ConfigDict, *, starts: bool = True) -> PolicyPlan:
     """Checks ``config`` and builds all that needs no parameters.
+
+    Args:
+        starts: whether the folders that roles start from hold parameters already.
 
     Raises:
         ValueError: for whatever in the config cannot work; names the field.
     """
     text = build.tokenizer(config)
-    prompts = build.prompts(config, text)
     algorithm = build.algorithm(config)
     mesh, rules = build.mesh(config)
     sizes = build.rollout(config, algorithm.needs, mesh, rules)
+    build.check_sampling(config.rollout.sampling)
     described = describe_models(config, text.vocab_size, algorithm)
     made = {role: decoder(model, rules) for role, model in described.items()}
+    if starts:
+        check_starts(config, described)
+    made_optimizers = optimizers(config, [role for role in ("policy", "value") if role in made])
+    prompts = build.prompts(config, text)  # reads every record, so after what is quick to see
     reference = dataclasses.replace(described["policy"], lora_rank=0, score_heads=())
     models = Models(
         policy=made["policy"],
         value=made.get("value"),
         reference=decoder(reference, rules) if algorithm.needs.reference else None,
     )
-    updates = config.train.steps * config.updates.epochs * config.updates.minibatches
+    extra = {
+        name: build.examples(f"extra.{name}", config.extra[name], text, config.seed)
+        for name in algorithm.needs.extra
+    }
     return PolicyPlan(
         config=config,
         mesh=mesh,
@@ -70,19 +81,36 @@ def make_plan(config: ConfigDict) -> PolicyPlan:
         tokenizer=text,
         tables=token_tables(text, vocab_size=described["policy"].vocab_size),
         prompts=prompts,
-        extra={
-            name: build.examples(f"extra.{name}", config.extra[name], text, config.seed)
-            for name in algorithm.needs.extra
-        },
+        extra=extra,
         described=described,
         models=models,
         algorithm=algorithm,
-        optimizers={
-            role: build.optimizer(f"optimizer.{role}", config.optimizer[role], updates)
-            for role in ("policy", "value")
-            if role in made
-        },
+        optimizers=made_optimizers,
     )
+
+
+def optimizers(config: ConfigDict, trained: Sequence[str]) -> dict[str, Any]:
+    """An optimizer for each role that trains."""
+    updates = config.train.steps * config.updates.epochs * config.updates.minibatches
+    check_keys("optimizer", config.optimizer, config.optimizer, trained)
+    return {
+        role: build.optimizer(f"optimizer.{role}", config.optimizer[role], updates)
+        for role in trained
+    }
+
+
+def check_starts(config: ConfigDict, described: Mapping[str, ModelConfig]) -> None:
+    """Looks whether every folder that a role starts from can be read; reads no parameters.
+
+    Raises:
+        ValueError: naming the role and the folder.
+    """
+    roles.check_start("model", config.model.get("init_from", ""))
+    for label, section in config.rewards.items():
+        if f"reward/{label}" in described:
+            roles.check_start(f"rewards.{label}", section.get("init_from", ""))
+    if "value" in described and config.value.init_from not in ("policy", *config.rewards):
+        roles.check_start("value", config.value.init_from)
 
 
 def describe_models(
@@ -96,17 +124,23 @@ def describe_models(
     described = {"policy": policy}
     if not config.rewards:
         raise ValueError("rewards is empty: name at least one reward")
+    build.check_weights(config.rewards)
     for label, section in config.rewards.items():
         build.check_reward(label, section)
         changes = build.reward_model(section)
         if changes is not None:
             changes = changes | {"lora_rank": 0}
             start = section.get("init_from", "")
-            roles.check_heads(f"rewards.{label}", start, changes["score_heads"])
             described[f"reward/{label}"] = _start(
                 f"rewards.{label}", start, policy, vocab_size, changes
             )
+            roles.check_heads(f"rewards.{label}", start, changes["score_heads"])
     if algorithm.needs.value and "value" not in policy.score_heads:
+        if "value" not in config:
+            raise ValueError(
+                f"value is missing and {config.algorithm.name} trains a value model; set "
+                "value=dict(init_from=...) to 'policy', a reward's label or a folder"
+            )
         start = config.value.init_from
         changes = dict(lm_head=False, score_heads=("value",))
         if start in config.rewards and f"reward/{start}" not in described:

@@ -99,7 +99,7 @@ def start(plan: PolicyPlan) -> tuple[PolicyRun, RunState]:
     """The run and its state at step 0: parameters born sharded, rewards calibrated."""
     config, mesh, rules, models = plan.config, plan.mesh, plan.rules, plan.models
     key = step_key(config.seed, Purpose.INIT_POLICY, 0)
-    folder = config.model.init_from
+    folder = config.model.get("init_from", "")
     loaded = roles.load(folder, mesh, rules) if folder else {}
     policy = roles.fill(models.policy, loaded, key, mesh, rules)
     trained, base = partition(policy, models.policy.config)

@@ -5,16 +5,23 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from rlhf_jax import build, roles
-from rlhf_jax.mesh import batch_shards, fetch_host
+from rlhf_jax.compile_watch import CompileWatch
+from rlhf_jax.data.prompts import PromptSource
+from rlhf_jax.mesh import ShardingRules, batch_shards, fetch_host
+from rlhf_jax.models.completions import evaluate_completions
+from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.transformer import decoder
 from rlhf_jax.sampling.methods import make_sampling
 from rlhf_jax.sampling.sampler import generate
 from rlhf_jax.text.steps import token_tables
+from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.training.keys import Purpose, step_key
-from rlhf_jax.types import Sampling
+from rlhf_jax.types import Array, Params, Rollouts, Sampling
 
 
 class Completion(NamedTuple):
@@ -26,6 +33,37 @@ class Completion(NamedTuple):
     record: Mapping[str, Any]
 
 
+class SamplerPlan(NamedTuple):
+    """What a sampler is made of, without parameters."""
+
+    text: Tokenizer
+    mesh: Mesh
+    rules: ShardingRules
+    prompts: PromptSource
+    described: ModelConfig
+
+
+def plan_sampler(config: ConfigDict) -> SamplerPlan:
+    """Checks ``config`` and builds all that needs no parameters.
+
+    Raises:
+        ValueError: naming the field, what it is and what would be right.
+    """
+    if not config.model.init_from:
+        raise ValueError("model.init_from is empty; name the run or folder to sample from")
+    text = build.tokenizer(config)
+    mesh, rules = build.mesh(config)
+    if config.rollout.prompts % batch_shards(mesh, rules):
+        raise ValueError(
+            f"rollout.prompts={config.rollout.prompts} does not divide over the mesh's "
+            f"{batch_shards(mesh, rules)} batch shards; set rollout.prompts, or mesh.data and "
+            "mesh.fsdp"
+        )
+    build.check_sampling(config.rollout.sampling)
+    described = roles.describe(config.model, text.vocab_size)
+    return SamplerPlan(text, mesh, rules, build.prompts(config, text), described)
+
+
 class PolicySampler:
     """Draws ``rollout.samples`` completions of each problem of ``data`` with the policy of
     ``model.init_from``, in batches of ``rollout.prompts`` problems.
@@ -35,21 +73,14 @@ class PolicySampler:
     """
 
     def __init__(self, config: ConfigDict, purpose: Purpose):
-        if not config.model.init_from:
-            raise ValueError("model.init_from is empty; name the run or folder to sample from")
-        self.text = build.tokenizer(config)
+        plan = plan_sampler(config)
+        roles.check_start("model", config.model.init_from)
         self._config, self._purpose = config, purpose
-        self._mesh, rules = build.mesh(config)
-        if config.rollout.prompts % batch_shards(self._mesh, rules):
-            raise ValueError(
-                f"rollout.prompts={config.rollout.prompts} does not divide over the mesh's "
-                f"{batch_shards(self._mesh, rules)} batch shards"
-            )
-        self._prompts = build.prompts(config, self.text)
-        described = roles.describe(config.model, self.text.vocab_size)
-        self._model = decoder(described, rules)
-        self._tables = token_tables(self.text, vocab_size=described.vocab_size)
+        self.text, self._mesh, self._prompts = plan.text, plan.mesh, plan.prompts
+        self._model = decoder(plan.described, plan.rules)
+        self._tables = token_tables(self.text, vocab_size=plan.described.vocab_size)
         self._params = None
+        self.compiles = CompileWatch()
 
         def sample(params, prompts, key, sampling, tables):
             return generate(
@@ -58,7 +89,12 @@ class PolicySampler:
                 version=jnp.zeros((), jnp.int32), mesh=self._mesh,
             )  # fmt: skip
 
-        self._sample = jax.jit(sample)
+        def read(params, rollouts):
+            return evaluate_completions(
+                self._model, params, {}, rollouts, temperature=1.0, rows=None
+            ).logprobs
+
+        self._sample, self._read = jax.jit(sample), jax.jit(read)
 
     def __len__(self) -> int:
         """How many problems the data has."""
@@ -70,27 +106,56 @@ class PolicySampler:
         Args:
             sampling: in place of the config's; the program is not compiled anew.
         """
+        for first, rollouts in self.batches(problems, sampling):
+            yield from self.decode(rollouts)[: problems - first]
+
+    def batches(
+        self, problems: int, sampling: Sampling | None = None
+    ) -> Iterator[tuple[int, Rollouts]]:
+        """Batches as (index of the first problem, rollouts on the devices), as in `groups`.
+
+        The last batch is whole: its problems from ``problems`` on are of no use.
+        """
         config, rules, n = self._config, self._model.rules, self._config.rollout.prompts
         sampling = make_sampling(**config.rollout.sampling) if sampling is None else sampling
         with jax.set_mesh(self._mesh):
-            if self._params is None:
-                loaded = roles.load(config.model.init_from, self._mesh, rules)
-                key = step_key(config.seed, Purpose.INIT_POLICY, 0)
-                self._params = roles.fill(self._model, loaded, key, self._mesh, rules)
-            for first in range(0, problems, n):
+            params = self._load()
+            for first in self.compiles.loop(range(0, problems, n)):
                 prompts = build.fetch(self._mesh, rules, self._prompts, first, n)
                 key = step_key(config.seed, self._purpose, first)
-                rollouts = self._sample(self._params, prompts, key, sampling, self._tables)
-                yield from self._decode(rollouts)[: problems - first]
+                yield (
+                    first,
+                    self._sample(params, prompts, key, sampling, self._tables),
+                )
 
-    def _decode(self, rollouts) -> list[list[Completion]]:
+    def logprobs(self, rollouts: Rollouts) -> Float[Array, "B T"]:
+        """What this policy, at temperature 1, says about completions of any policy: the log-prob
+        of each token in nats, 0 at padding."""
+        with jax.set_mesh(self._mesh):
+            return self._read(self._load(), rollouts)
+
+    def _load(self) -> Params:
+        """The policy's parameters; read once."""
+        if self._params is None:
+            config, rules = self._config, self._model.rules
+            loaded = roles.load(config.model.init_from, self._mesh, rules)
+            key = step_key(config.seed, Purpose.INIT_POLICY, 0)
+            self._params = roles.fill(self._model, loaded, key, self._mesh, rules)
+        return self._params
+
+    def record(self, source: int, index: int) -> Mapping[str, Any]:
+        """The record that ``Prompts.source`` and ``Prompts.record`` name."""
+        return self._prompts.record(source, index)
+
+    def decode(self, rollouts: Rollouts) -> list[list[Completion]]:
+        """The completions of a batch as text, one list for each of its problems."""
         host = fetch_host(rollouts)
         k = host.group_size
         groups = []
         for i in range(len(host.prompts.tokens)):
             prompts = host.prompts
             prompt = self.text.decode(prompts.tokens[i][prompts.mask[i]].tolist())
-            record = self._prompts.record(int(prompts.source[i]), int(prompts.record[i]))
+            record = self.record(int(prompts.source[i]), int(prompts.record[i]))
             groups.append(
                 [
                     Completion(

@@ -7,6 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rlhf_jax import build, roles, run_folder
+from rlhf_jax.compile_watch import CompileWatch
 from rlhf_jax.fit import check_rows, head_names
 from rlhf_jax.mesh import fetch_host
 from rlhf_jax.models.completions import evaluate_texts
@@ -24,12 +25,15 @@ from rlhf_jax.types import Labelled, Pairs, Steps, Texts
 Score = Callable[[Texts, str], np.ndarray]
 
 
-def report(config: ConfigDict) -> dict[str, float]:
+def report(config: ConfigDict, watch: CompileWatch) -> dict[str, float]:
     """Accuracy of the reward model of ``config.reward.init_from`` on ``config.reward.sources``.
 
     A source of kind pairs gives outcome_model/pair_accuracy and the accuracy of "the longer
     wins"; steps give process_model/step_auc, /balanced_accuracy and the majority rate;
     correctness gives outcome_model/correctness_auc.
+
+    Args:
+        watch: counts what is compiled once the batches of a source are warm.
     """
     text = build.tokenizer(config)
     mesh, rules = build.mesh(config)
@@ -44,7 +48,7 @@ def report(config: ConfigDict) -> dict[str, float]:
         for label, section in config.reward.sources.items():
             source = build.examples(f"reward.sources.{label}", section, text, config.seed)
             check_rows(f"reward.sources.{label}", section, source)
-            batches = _batches(source, section.rows, mesh, rules)
+            batches = watch.loop(_batches(source, section.rows, mesh, rules))
 
             def score(texts: Texts, head: str) -> jax.Array:
                 return forward(params, texts)[head]
@@ -76,6 +80,7 @@ def _pairs(batches: Iterator[Pairs], score, heads: Mapping[str, str]) -> dict[st
         "outcome_model/pair_accuracy_low": low,
         "outcome_model/pair_accuracy_high": high,
         "outcome_model/longer_wins": longest,
+        "outcome_model/shorter_wins": 1 - longest,
         "outcome_model/length_baseline": max(longest, 1 - longest),
     }
 

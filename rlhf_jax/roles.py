@@ -5,34 +5,38 @@ decoder; they differ in heads, in whether they have an LM head, and in their ada
 """
 
 import dataclasses
-import json
 import pathlib
+import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rlhf_jax import build, run_folder
+from rlhf_jax import run_folder
 from rlhf_jax.mesh import ShardingRules, shard_init, shardings_for
 from rlhf_jax.models.config import ModelConfig, named_size
-from rlhf_jax.models.load import load_hf, read_hf_config
+from rlhf_jax.models.load import load_hf, open_folder, read_hf_config
 from rlhf_jax.models.lora import join, merge_lora, partition
 from rlhf_jax.models.transformer import Model, decoder
-from rlhf_jax.training.checkpoint import restore_subtree
+from rlhf_jax.schema import check_section, within
+from rlhf_jax.training.checkpoint import check_newest, restore_subtree
 from rlhf_jax.types import Params
 
 # What a role may set itself when the rest comes from a checkpoint.
 OWN_FIELDS = ("param_dtype", "compute_dtype", "remat", "logprob_chunk")
+# A model's section: a name or a folder to start from, and fields of its config.
+_FIELDS = {"name": str, "init_from": str, **typing.get_type_hints(ModelConfig)}
+_SECTION = TypedDict("_SECTION", {name: NotRequired[kind] for name, kind in _FIELDS.items()})
 _ADAPTERS = ("lora_rank", "lora_alpha", "lora_targets")
 
 
 def is_hf_folder(folder: str) -> bool:
     """Whether ``folder`` holds a Hugging Face model (a config.json with a model_type)."""
     path = pathlib.Path(folder) / "config.json"
-    return path.is_file() and "model_type" in json.loads(path.read_text())
+    return path.is_file() and "model_type" in run_folder.read_json(path)
 
 
 def trained_role(folder: str) -> str:
@@ -49,25 +53,24 @@ def describe(
     ``path`` is where the section stands in the config, for messages.
 
     Raises:
-        ValueError: if the tokenizer has more tokens than the model.
+        ValueError: for an unknown key, or if the tokenizer has more tokens than the model.
     """
-    values = section.to_dict()
+    check_section(path, section.to_dict(), _SECTION)
+    # Lists cannot be hashed, and a model's config is a part of what is compiled.
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in section.to_dict().items()}
     name, init_from = values.pop("name", ""), values.pop("init_from", "")
     if not init_from:
-        return build.call(
-            path, named_size, {"name": name, "vocab_size": vocab_size} | values | changes
-        )
+        described = named_size(name, **({"vocab_size": vocab_size} | values | changes))
+        _check_vocabulary(f"{path}.name={name!r}", described, vocab_size)
+        return described
     if not pathlib.Path(init_from).is_dir():
         raise ValueError(f"{path}.init_from={init_from!r} is not a folder")
-    if is_hf_folder(init_from):
-        base = read_hf_config(init_from)
-    else:
-        base = run_folder.read_models(init_from)[trained_role(init_from)]
-    if base.vocab_size < vocab_size:
-        raise ValueError(
-            f"the tokenizer has {vocab_size} tokens but the model in {init_from} has "
-            f"{base.vocab_size}; set data.tokenizer to the model's own"
-        )
+    with within(f"{path}.init_from"):
+        if is_hf_folder(init_from):
+            base = read_hf_config(init_from)
+        else:
+            base = run_folder.read_models(init_from)[trained_role(init_from)]
+    _check_vocabulary(f"{path}.init_from={init_from!r}", base, vocab_size)
     unknown = [k for k in values if k not in (*OWN_FIELDS, "score_heads", *_ADAPTERS)]
     if unknown:
         raise ValueError(
@@ -75,6 +78,32 @@ def describe(
             f"decides the shape; what can: {', '.join((*OWN_FIELDS, 'score_heads', *_ADAPTERS))}"
         )
     return dataclasses.replace(base, **({"lora_rank": 0, "score_heads": ()} | values | changes))
+
+
+def _check_vocabulary(path: str, model: ModelConfig, vocab_size: int) -> None:
+    if model.vocab_size < vocab_size:
+        raise ValueError(
+            f"the tokenizer has {vocab_size} tokens but {path} has room for {model.vocab_size}; "
+            "set data.tokenizer to the model's own"
+        )
+
+
+def check_start(path: str, folder: str) -> None:
+    """Looks whether parameters can be read from ``folder``, before a run begins; reads none.
+
+    Args:
+        folder: a Hugging Face folder or that of a run; empty starts from random weights.
+
+    Raises:
+        ValueError: naming the folder, if its files are absent or cut short.
+    """
+    if not folder:
+        return
+    with within(f"{path}.init_from={folder!r}"):
+        if is_hf_folder(folder):
+            open_folder(pathlib.Path(folder))
+        else:
+            check_newest(folder)
 
 
 def check_heads(path: str, folder: str, wanted: tuple[str, ...]) -> None:

@@ -7,9 +7,12 @@ import dataclasses
 import importlib.metadata
 import json
 import pathlib
+import re
 import resource
 import sys
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,10 +20,13 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.schema import check_call
 from rlhf_jax.training.writer import write_json
 
-# A resumed run may differ from its config.json in these: how long it runs and what it writes.
-_FREE_FIELDS = ("train.steps", "log.", "checkpoint.")
+# A resumed run may differ from its config.json in these: how long it runs and what it writes;
+# in a pipeline each stage may.
+_FREE_FIELD = re.compile(r"(stages\.[^.]+\.config\.)?(train\.steps$|log\.|checkpoint\.)")
+_FACTS = ("seconds", "peak_memory_bytes", "devices", "processes", "versions", "python")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
 
 
@@ -44,7 +50,7 @@ def differences(old: dict, new: dict) -> list[str]:
     before, after = _flatten(old), _flatten(new)
     lines = []
     for name in sorted(before.keys() | after.keys()):
-        if name.startswith(_FREE_FIELDS) or before.get(name) == after.get(name):
+        if _FREE_FIELD.match(name) or before.get(name) == after.get(name):
             continue
         lines.append(f"{name}: {before.get(name)!r} in the folder, {after.get(name)!r} now")
     return lines
@@ -54,7 +60,8 @@ def prepare(workdir: str, config: ConfigDict, models: dict[str, ModelConfig]) ->
     """Creates the folder, or checks that it belongs to the same config.
 
     Raises:
-        ValueError: if the folder holds a run of another config; the differences are listed.
+        ValueError: if the folder holds a run of another config, with the differences key by key;
+            if it is no folder or cannot be written.
     """
     if "://" in workdir:
         raise ValueError(
@@ -62,22 +69,53 @@ def prepare(workdir: str, config: ConfigDict, models: dict[str, ModelConfig]) ->
         )
     folder = pathlib.Path(workdir)
     path = folder / "config.json"
-    text = config_text(config)
-    if path.exists():
-        lines = differences(json.loads(path.read_text()), json.loads(text))
-        if lines:
-            raise ValueError(
-                f"workdir {folder} holds a run of another config; use a new folder.\n  "
-                + "\n  ".join(lines)
-            )
+    check_workdir(workdir, config)
     barrier("config compared")  # before process 0 writes what the others read
     if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, json.loads(text))
-        described = {role: dataclasses.asdict(model) for role, model in models.items()}
-        write_json(folder / "model.json", described)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise ValueError(f"workdir {folder} cannot be made: {error.strerror}") from error
+        write_json(path, json.loads(config_text(config)))
+        write_models(folder, models)
     barrier("folder prepared")
     return folder
+
+
+def write_models(folder: pathlib.Path, models: Mapping[str, ModelConfig]) -> None:
+    """Writes model.json, which `read_models` reads."""
+    described = {role: dataclasses.asdict(model) for role, model in models.items()}
+    write_json(folder / "model.json", described)
+
+
+def check_workdir(workdir: str, config: ConfigDict) -> None:
+    """Raises the ValueError of `prepare`; writes nothing."""
+    folder = pathlib.Path(workdir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"workdir {folder} is a file; name a folder, which is made if need be")
+    if (folder / "config.json").exists():
+        now = json.loads(config_text(config))
+        lines = differences(read_json(folder / "config.json"), now)
+        if lines:
+            raise ValueError(
+                f"workdir {folder} holds a run of another config; use a new folder. It differs in "
+                + "; ".join(lines)
+            )
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: naming the file, if it holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); was it cut short?") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a JSON {type(found).__name__} where an object is wanted")
+    return found
 
 
 def barrier(name: str) -> None:
@@ -98,7 +136,11 @@ def read_models(workdir: str) -> dict[str, ModelConfig]:
     path = pathlib.Path(workdir) / "model.json"
     if not path.exists():
         raise ValueError(f"{workdir} is not a run's folder: it has no model.json")
-    described = json.loads(path.read_text())
+    described = read_json(path)
+    if not described:
+        raise ValueError(f"{workdir} is not the folder of a run that trained: it holds no model")
+    for role, fields in described.items():
+        check_call(f"{path}: {role}", ModelConfig, fields)
     return {
         role: ModelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
         for role, fields in described.items()
@@ -114,6 +156,11 @@ def peak_memory_bytes() -> int:
         return on_devices
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
+
+
+def results(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """A program's own results in its summary.json, without the closing facts."""
+    return {name: value for name, value in summary.items() if name not in _FACTS}
 
 
 def closing_facts(started: float) -> dict[str, object]:

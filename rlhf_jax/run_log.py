@@ -5,7 +5,7 @@ import logging
 import math
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rlhf_jax import run_folder
+from rlhf_jax.compile_watch import CompileWatch
 from rlhf_jax.mesh import fetch_host
 from rlhf_jax.ops.metrics import value
 from rlhf_jax.policy_plan import PolicyPlan
@@ -41,6 +42,7 @@ class RunLog:
         self._written = time.perf_counter()
         self._saved = 0
         self._first = 0
+        self._compiles = CompileWatch()
         self.last: dict[str, float | None] = {}
 
     def __enter__(self) -> "RunLog":
@@ -68,6 +70,10 @@ class RunLog:
         self.last = last_line(self._folder / "metrics.jsonl", step - 1)
         _log.info("resumed_at %d in %s", step, self._folder)
         return restored, step
+
+    def steps(self, first: int) -> Iterator[int]:
+        """The steps from ``first`` to the last; what they compile once warm is counted."""
+        return self._compiles.loop(range(first, self._config.train.steps))
 
     def metrics(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of ``step`` and writes those of the step before."""
@@ -128,6 +134,7 @@ class RunLog:
                 "resumed_at": self._first,
                 "params_sha256": checkpoint.digest(state.train.params),
                 **self.last,
+                "compiles_after_warmup": self._compiles.after_warmup,
                 **run_folder.closing_facts(started),
             }
         )

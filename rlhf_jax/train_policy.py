@@ -121,7 +121,7 @@ def train_policy(config: ConfigDict, workdir: str) -> RunState:
     with jax.set_mesh(plan.mesh), RunLog(folder, config) as log:
         run, state = policy_run.start(plan)
         state, first = log.restore(state)
-        for step in range(first, config.train.steps):
+        for step in log.steps(first):
             state, iteration = iterate(run, state, step)
             log.metrics(step, iteration.metrics)
             if step % config.log.samples_every == 0:

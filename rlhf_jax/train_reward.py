@@ -14,6 +14,14 @@ from rlhf_jax.types import RunState
 KINDS = ("pairs", "correctness", "steps")
 
 
+def check(config: ConfigDict) -> fit.Fit:
+    """Checks ``config`` and builds what needs neither parameters nor data."""
+    heads = tuple(config.reward.score_heads)
+    if not heads:
+        raise ValueError("reward.score_heads is empty; name at least one head, such as 'outcome'")
+    return fit.check(config, "reward", KINDS, lm_head=False, score_heads=heads)
+
+
 def train_reward(config: ConfigDict, workdir: str) -> RunState:
     """Trains the reward model that ``config`` describes on its mixture of sources.
 
@@ -24,10 +32,7 @@ def train_reward(config: ConfigDict, workdir: str) -> RunState:
         ValueError: for bad input, before any device is touched.
         FloatingPointError: after ``train.max_skipped`` non-finite updates in a row.
     """
-    heads = tuple(config.reward.score_heads)
-    if not heads:
-        raise ValueError("reward.score_heads is empty; name at least one head, such as 'outcome'")
-    return fit.run(fit.plan(config, "reward", KINDS, lm_head=False, score_heads=heads), workdir)
+    return fit.run(fit.open_sources(check(config)), workdir)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,11 @@ from rlhf_jax import fit, program
 from rlhf_jax.types import RunState
 
 
+def check(config: ConfigDict) -> fit.Fit:
+    """Checks ``config`` and builds what needs neither parameters nor data."""
+    return fit.check(config, "policy", ("texts",), lm_head=True)
+
+
 def train_sft(config: ConfigDict, workdir: str) -> RunState:
     """Trains the policy that ``config`` describes on its sources of kind "texts".
 
@@ -19,7 +24,7 @@ def train_sft(config: ConfigDict, workdir: str) -> RunState:
         ValueError: for bad input, before any device is touched.
         FloatingPointError: after ``train.max_skipped`` non-finite updates in a row.
     """
-    return fit.run(fit.plan(config, "policy", ("texts",), lm_head=True), workdir)
+    return fit.run(fit.open_sources(check(config)), workdir)
 
 
 if __name__ == "__main__":

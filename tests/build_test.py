@@ -59,6 +59,17 @@ def test_a_reward_without_weight_is_named(tmp_path):
         make_plan(config)
 
 
+def test_weights_of_zero_alone_are_refused(tmp_path):
+    """A weight of 0 makes a metric of a reward; something must train."""
+    config = changed(**{"data.data_dir": str(tmp_path)})
+    for section in config.rewards.values():
+        section.weight = 0.0
+    with pytest.raises(ValueError, match=r"length.* are all 0.*metric"):
+        make_plan(config)
+    config.rewards.length.weight = 0.1
+    make_plan(config)
+
+
 def test_a_group_too_small_says_which_field_to_set():
     config = changed(**{"rollout.samples": 1})
     config.algorithm.name = "grpo"

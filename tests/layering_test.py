@@ -41,6 +41,7 @@ FENCES = {
     "ml_collections": ("configs", "floor 4"),
     "absl": ("floor 4", "rlhf_jax.training.writer", "rlhf_jax.mesh"),
     "orbax": ("rlhf_jax.training.checkpoint",),
+    "tensorstore": ("rlhf_jax.training.intact",),
     "transformers": ("rlhf_jax.text", "rlhf_jax.models.load", "rlhf_jax.models.save"),
     "tokenizers": ("rlhf_jax.text",),
     "safetensors": ("rlhf_jax.models.load", "rlhf_jax.models.save"),

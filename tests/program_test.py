@@ -44,14 +44,15 @@ def test_bad_input_ends_with_one_line_and_status_2(flag, message, tmp_path):
 
 @pytest.mark.parametrize(
     ("program", "config", "key"),
-    [("train_policy", "quickstart", "data"), ("pipeline", "ppo_tiny", "order")],
+    [("train_policy", "quickstart", "order"), ("pipeline", "ppo_tiny", "algorithm")],
 )
 def test_the_config_of_another_program(program, config, key, tmp_path):
     workdir = tmp_path / "run"
     done = start(program, f"--config=configs/{config}.py", f"--workdir={workdir}")
     assert done.returncode == 2, done.stderr
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"error: the config lacks the key {key!r}, read in ")
+    assert last.startswith(f"error: {key}: no such key")
+    assert last.endswith("is it a config for another program?")
     assert "Traceback" not in done.stderr and not workdir.exists()
 
 

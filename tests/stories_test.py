@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from benchmarks import stories260k as stories
 from configs.quickstart import get_config
 from rlhf_jax import policy_run
 from rlhf_jax.policy_plan import make_plan
@@ -24,7 +25,6 @@ from rlhf_jax.train_policy import train_policy
 from rlhf_jax.train_reward import train_reward
 from rlhf_jax.types import Rollouts, RunState
 from tests import compiling
-from tests.models import stories
 
 pytestmark = pytest.mark.data
 

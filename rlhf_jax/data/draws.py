@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from rlhf_jax.data.sources import Record, RecordSource
+from rlhf_jax.data.sources import Record, RecordSource, place
 
 OVERLONG = ("error", "skip", "truncate")
 # Encoded records kept in memory. Reading and encoding one again costs about 0.1 ms.
@@ -98,31 +98,37 @@ class Draws:
         try:
             return self._encode(self.sources[source][record])
         except ValueError as error:
-            raise ValueError(f"source {source}, record {record}: {error}") from error
+            raise ValueError(f"{self.place(source, record)}: {error}") from error
+
+    def place(self, source: int, record: int) -> str:
+        """Where a record stands, for messages: file and line where the source is a file."""
+        found = place(self.sources[source], record)
+        return f"source {source}, {found}" if found == f"record {record}" else found
 
     def _scan(self, length, limit, limit_name, overlong) -> tuple[list[tuple[int, int]], int]:
-        kept, count = [], 0
+        kept, count, first = [], 0, ""
         for source, records in enumerate(self.sources):
             for record in range(len(records)):
                 tokens = length(self._encoded(source, record))
                 if tokens > limit:
                     count += 1
-                    if overlong == "error":
-                        raise ValueError(
-                            f"source {source}, record {record} has {tokens} tokens but "
-                            f'{limit_name}={limit}; raise it, or set overlong to "skip" or '
-                            '"truncate"'
-                        )
-                    if overlong == "skip":
+                    first = first or f"{self.place(source, record)} has {tokens} tokens"
+                    if overlong != "truncate":
                         continue
                 kept.append((source, record))
+        total = self._offsets[-1]
+        if count and overlong == "error":
+            raise ValueError(
+                f"{first} but {limit_name}={limit}; {count} of {total} records are longer; raise "
+                f'{limit_name}, or set overlong to "skip" or "truncate"'
+            )
         if count:
-            total = self._offsets[-1]
             done = "skipped" if overlong == "skip" else "truncated"
-            _log.warning("%s %d of %d records over %s=%d", done, count, total, limit_name, limit)
+            message = "%s %d of %d records over %s=%d: %s"
+            _log.warning(message, done, count, total, limit_name, limit, f"{first}, the first")
         if not kept:
             raise ValueError(
-                f"no records are left: {self._offsets[-1]} in {len(self.sources)} sources, {count} "
-                f"of them over {limit_name}={limit}"
+                f"no records are left: {total} in {len(self.sources)} sources, {count} of them "
+                f"over {limit_name}={limit}"
             )
         return kept, count

@@ -101,11 +101,29 @@ def share(record: Record, fields: tuple[str, ...]) -> float:
     raise ValueError(f"no field {' or '.join(fields)}; the record has {', '.join(record)}")
 
 
-def encode_row(tokenizer: Tokenizer, prompt: str, completion: str) -> Row:
-    """Prompt and completion encoded apart, as the sampler sees them, and end-of-text."""
+def encode_row(
+    tokenizer: Tokenizer, prompt: str, completion: str, *, truncated: bool = False
+) -> Row:
+    """Prompt and completion encoded apart, as the sampler sees them, and end-of-text.
+
+    Args:
+        truncated: the completion is cut off and has no end-of-text, like a rollout that ran into
+            its token limit.
+    """
     start = tokenizer.encode(prompt)
-    tokens = [*start, *tokenizer.encode(completion), tokenizer.eos_ids[0]]
-    return Row(tokens, len(start))
+    end = [] if truncated else [tokenizer.eos_ids[0]]
+    return Row([*start, *tokenizer.encode(completion), *end], len(start))
+
+
+def flag(record: Record, name: str) -> bool:
+    """The true or false under ``name``; False where the record has no such field.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    if not isinstance(record.get(name, False), bool):
+        raise ValueError(f"field {name!r} holds {record[name]!r}, not true or false")
+    return record.get(name, False)
 
 
 def pad_rows(rows: Sequence[Row], max_length: int, pad: int) -> Texts:

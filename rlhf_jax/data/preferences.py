@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rlhf_jax.data.draws import Drawn
-from rlhf_jax.data.examples import ExampleSource, Row, encode_row, pad_rows, pick, share
+from rlhf_jax.data.examples import ExampleSource, Row, encode_row, flag, pad_rows, pick, share
 from rlhf_jax.data.sources import Record, RecordSource
 from rlhf_jax.text.template import render
 from rlhf_jax.text.tokenizer import Tokenizer
@@ -42,8 +42,9 @@ def pairs(
     """Batches of `Pairs`, each a prompt with a better and a worse completion.
 
     A record may have ``label`` (P(chosen is better), else 1), ``margin`` (else 0) and ``votes``: a
-    list of one number from 0 to 1 per annotator, or None for no vote. ``Pairs.record`` is the
-    record's index over all sources.
+    list of one number from 0 to 1 per annotator, or None for no vote. ``chosen_truncated`` and
+    ``rejected_truncated`` (true or false, else false) say that a completion was cut off and is not
+    closed by end-of-text. ``Pairs.record`` is the record's index over all sources.
 
     Args:
         template, max_length, seed, shuffle, overlong: see `texts`; a pair is as long as its longer
@@ -52,6 +53,10 @@ def pairs(
         annotators: A, the number of columns of votes.
     """
 
+    def half(record: Record, prompt: str, side: str, fields: tuple[str, ...]) -> Row:
+        cut = flag(record, f"{side}_truncated")
+        return encode_row(tokenizer, prompt, pick(record, fields), truncated=cut)
+
     def encode(record: Record) -> _Pair:
         prompt = render(template, record)
         votes = record.get("votes", [])
@@ -59,8 +64,8 @@ def pairs(
             raise ValueError(f"{len(votes)} votes but annotators={annotators}")
         votes = [np.nan if vote is None else float(vote) for vote in votes]
         return _Pair(
-            chosen=encode_row(tokenizer, prompt, pick(record, chosen)),
-            rejected=encode_row(tokenizer, prompt, pick(record, rejected)),
+            chosen=half(record, prompt, "chosen", chosen),
+            rejected=half(record, prompt, "rejected", rejected),
             label=share(record, ("label",)) if "label" in record else 1.0,
             margin=float(record.get("margin", 0.0)),
             votes=votes + [np.nan] * (annotators - len(votes)),

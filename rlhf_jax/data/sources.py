@@ -1,4 +1,4 @@
-"""Records by name: the generated arithmetic task, JSONL files, and prepared TFDS sets.
+"""Records by name: the arithmetic task, JSONL files, TFDS sets, or written in the config.
 
 A source is random access: a length and records by index, each a plain dict of Python values.
 """
@@ -9,7 +9,8 @@ import json
 import os
 import pathlib
 import shlex
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -30,6 +31,37 @@ class RecordSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Record: ...
+
+
+class JsonlSource:
+    """The records of a JSONL file, and the line that each stands on.
+
+    Raises:
+        ValueError: see `read_jsonl`.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        found = list(_read_lines(pathlib.Path(path)))
+        self._path = path
+        self._lines = [number for number, _ in found]
+        self._records = [record for _, record in found]
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int, /) -> Record:
+        return self._records[index]
+
+    def place(self, index: int) -> str:
+        """File and line of a record, for messages."""
+        return f"{self._path}, line {self._lines[index]}"
+
+
+def place(source: RecordSource, index: int) -> str:
+    """Where a record stands, for messages: file and line where the source is a file."""
+    if isinstance(source, MappedSource):
+        return source.place(index)
+    return source.place(index) if isinstance(source, JsonlSource) else f"record {index}"
 
 
 class TfdsSource:
@@ -67,7 +99,10 @@ class MappedSource:
         record = self._records[index]
         missing = sorted(set(self._fields.values()) - set(record))
         if missing:
-            raise ValueError(f"record {index} has no field {missing}; it has {', '.join(record)}")
+            raise ValueError(
+                f"no field {', '.join(missing)}, which options.fields names; the record has "
+                f"{', '.join(record)}"
+            )
         old = set(self._fields.values())
         kept = {name: value for name, value in record.items() if name not in old}
         kept |= {new: record[name] for new, name in self._fields.items()}
@@ -76,6 +111,10 @@ class MappedSource:
             parts = split_dialogue(kept["chosen"], kept["rejected"])
             kept |= dict(zip(names, parts, strict=True))
         return kept
+
+    def place(self, index: int) -> str:
+        """Where a record stands in the source, for messages."""
+        return place(self._records, index)
 
 
 def open_source(
@@ -92,6 +131,8 @@ def open_source(
     * ``"jsonl:<path>"``: one JSON object a line, ``.jsonl`` or ``.jsonl.gz``. A ``{split}`` in the
       path is replaced by the split; without one the file is the split "train" or "all". Options
       `fields` and `format` of `MappedSource`.
+    * ``"inline"``: the records stand in the config, as columns of equal length: options
+      ``dict(prompt=("a", "b"))`` are two records with one field.
     * ``"tfds:<name>"``: a set that is prepared as ArrayRecord under `data_dir` (empty or None: that
       of TFDS), such as ``tfds:c4/en:3.0.1``; the same options. No code of the set is imported.
 
@@ -103,13 +144,20 @@ def open_source(
     values = dict(options or {})
     if name == "arithmetic":
         return _arithmetic(split, data_dir or default_data_dir(), values)
+    if name == "inline":
+        return _inline(values)
     if kind not in ("jsonl", "tfds") or not rest:
         raise ValueError(
-            f"data set {name!r} is neither 'arithmetic', 'jsonl:<path>' nor 'tfds:<name>'"
+            f"data set {name!r} is neither 'arithmetic', 'jsonl:<path>' nor 'tfds:<name>', nor "
+            "'inline'"
         )
     unknown = sorted(set(values) - {"fields", "format"})
     if unknown:
-        raise ValueError(f"{kind} sources have no option {unknown}; they have fields, format")
+        arithmetic_only = set(unknown) <= {f.name for f in dataclasses.fields(arithmetic.Options)}
+        raise ValueError(
+            f"options: {kind} sources have no option {', '.join(unknown)}; they have fields, format"
+            + ("; these are of the arithmetic task: set options=dict()" if arithmetic_only else "")
+        )
     if kind == "jsonl":
         source: RecordSource = _jsonl(rest, split)
     else:
@@ -133,44 +181,68 @@ def read_jsonl(path: str | os.PathLike) -> list[Record]:
     Raises:
         ValueError: the file is absent or empty, or a line is no JSON object; names the line.
     """
-    path = pathlib.Path(path)
+    return [record for _, record in _read_lines(pathlib.Path(path))]
+
+
+def _read_lines(path: pathlib.Path) -> Iterator[tuple[int, Record]]:
+    """The objects of a JSONL file with the numbers of their lines."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     opened = gzip.open if path.suffix == ".gz" else open
-    records = []
-    with opened(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-            if not isinstance(value, dict):
-                kind = type(value).__name__
-                raise ValueError(f"{path}, line {number}: {kind} where an object is wanted")
-            records.append(value)
-    if not records:
+    number = found = 0
+    try:
+        with opened(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    found += 1
+                    yield number, _read_object(f"{path}, line {number}", line)
+    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError, zlib.error) as error:
+        raise ValueError(f"{path}, after line {number}: cannot be read ({error})") from error
+    if not found:
         raise ValueError(f"{path} holds no records")
-    return records
+
+
+def _read_object(where: str, line: str) -> Record:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error}): {line.strip()[:60]!r}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: {type(value).__name__} where an object is wanted")
+    return value
 
 
 def _arithmetic(split: str, data_dir: str, values: Mapping[str, Any]) -> RecordSource:
     known = [field.name for field in dataclasses.fields(arithmetic.Options)]
     unknown = sorted(set(values) - set(known))
     if unknown:
-        raise ValueError(f"arithmetic has no option {unknown}; it has {', '.join(known)}")
+        raise ValueError(
+            f"options: arithmetic has no option {', '.join(unknown)}; it has {', '.join(known)}"
+        )
     builder = prepare(arithmetic.Options(**values), data_dir)
     return TfdsSource(builder.as_data_source(_known_split(split, builder)))
 
 
-def _jsonl(path: str, split: str) -> list[Record]:
+def _inline(columns: Mapping[str, Any]) -> list[Record]:
+    """Records from columns; every field has one value for each of them."""
+    wrong = sorted(name for name, column in columns.items() if not isinstance(column, list | tuple))
+    lengths = {name: len(column) for name, column in columns.items() if name not in wrong}
+    if wrong or not lengths or len(set(lengths.values())) > 1 or 0 in lengths.values():
+        raise ValueError(
+            "inline records are columns of equal length, such as options=dict(prompt=('a', 'b')); "
+            f"got {lengths or 'no column'}" + (f" and no list in {wrong}" if wrong else "")
+        )
+    rows = zip(*columns.values(), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def _jsonl(path: str, split: str) -> JsonlSource:
     if "{split}" not in path and split not in ("train", "all"):
         raise ValueError(
             f"{path} is one file, so it has no split {split!r}; write {{split}} into the path, "
             "or name the file of that split"
         )
-    return read_jsonl(path.replace("{split}", split))
+    return JsonlSource(path.replace("{split}", split))
 
 
 def _tfds(name: str, split: str, data_dir: str | None) -> TfdsSource:

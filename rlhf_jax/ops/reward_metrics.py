@@ -105,6 +105,25 @@ def wilson_interval(
     return max(0.0, (centre - reach) / scale), min(1.0, (centre + reach) / scale)
 
 
+def mean_interval(
+    values: Float[Array, " M"], *, deviations: float = 1.959964
+) -> tuple[float, float, float]:
+    """(mean, low, high) of independent values: mean ± z s/√M; the default is 95 %.
+
+    s² divides by M − 1. Values that depend on each other, such as the samples of one prompt, are
+    averaged first.
+
+    Raises:
+        ValueError: fewer than two values.
+    """
+    found = _floats(values)
+    if len(found) < 2:
+        raise ValueError(f"{len(found)} values have no interval; wanted 2 or more")
+    mean = float(found.mean())
+    reach = deviations * float(found.std(ddof=1)) / math.sqrt(len(found))
+    return mean, mean - reach, mean + reach
+
+
 def _by_score(scores, gold):
     """Gold in order of rising score; samples of equal score share their mean gold."""
     _, place, count = np.unique(scores, return_inverse=True, return_counts=True)

@@ -82,10 +82,17 @@ def _relabel(parts, name, label):
     return renamed
 
 
+def _weighted(weight, values):
+    """weight · values; 0 for the weight 0, whatever the values are (0 · inf is NaN)."""
+    return weight * values if weight else jnp.zeros_like(values)
+
+
 def combine(rewards: Weighted) -> Reward:
     """The weighted sum of rewards of one place is again a reward: Σ weight · score.
 
-    `parts` hold what each member said, unweighted, by label; the state is a dict by label.
+    `parts` hold what each member said, unweighted, by label; the state is a dict by label. A
+    member of weight 0 is a metric: it is asked and logged like the others, and nothing of it
+    enters the sum, a NaN or an infinity neither.
 
     Raises:
         ValueError: for no rewards, or for rewards of both places.
@@ -101,8 +108,8 @@ def combine(rewards: Weighted) -> Reward:
         outcome, process, parts, states = 0.0, 0.0, {}, {}
         for label, (reward, weight) in rewards.items():
             scores, states[label] = score_one(reward.score, state[label])
-            outcome = outcome + weight * scores.outcome
-            process = process + weight * scores.process
+            outcome = outcome + _weighted(weight, scores.outcome)
+            process = process + _weighted(weight, scores.process)
             parts |= _relabel(scores.parts, reward.name, label)
         return Scores(outcome=outcome, process=process, parts=parts), states
 

@@ -41,10 +41,10 @@ def make_sampling(
     if not 0 <= min_p <= 1:
         raise ValueError(f"min_p={min_p}; wanted from 0 (off) to 1")
     return Sampling(
-        temperature=jnp.asarray(temperature, jnp.float32),
-        top_k=jnp.asarray(top_k, jnp.int32),
-        top_p=jnp.asarray(top_p, jnp.float32),
-        min_p=jnp.asarray(min_p, jnp.float32),
+        temperature=np.asarray(temperature, np.float32),
+        top_k=np.asarray(top_k, np.int32),
+        top_p=np.asarray(top_p, np.float32),
+        min_p=np.asarray(min_p, np.float32),
         truncates=top_k > 0 or top_p < 1 or min_p > 0,
     )
 

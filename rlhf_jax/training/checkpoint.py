@@ -11,12 +11,14 @@ Python classes of the tree. A save is asynchronous (the arrays are copied off th
 shardings of the target, so the mesh may differ from the one that saved.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import pathlib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +28,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from rlhf_jax.mesh import fetch_host
+from rlhf_jax.training.intact import why_broken
 from rlhf_jax.types import RunState
 
 _FOLDER = "checkpoints"
@@ -98,7 +101,7 @@ def _incomplete(step: pathlib.Path) -> str:
         json.loads((step / _MANIFEST / "metadata").read_text())
     except ValueError:
         return f"{_MANIFEST}/metadata is not JSON"
-    return ""
+    return why_broken(step / _STATE)
 
 
 def _barrier(name: str) -> None:
@@ -136,6 +139,9 @@ def save(
 
     Returns:
         whether a save was started.
+
+    Raises:
+        OSError: if this save or the one before could not be written; see `wait`.
     """
     due = force or step % manager.every == 0
     if not due or step in manager.orbax.all_steps():
@@ -147,16 +153,9 @@ def save(
     }
     # Arrays without elements have no data to save; orbax refuses them.
     stored = {name: leaf for name, leaf in leaves.items() if leaf.size}
-    return manager.orbax.save(
-        step,
-        args=ocp.args.Composite(
-            **{
-                _STATE: ocp.args.StandardSave(stored),
-                _MANIFEST: ocp.args.JsonSave(manifest),
-            }
-        ),
-        force=True,
-    )
+    kinds = {_STATE: ocp.args.StandardSave(stored), _MANIFEST: ocp.args.JsonSave(manifest)}
+    with _writing(manager):
+        return manager.orbax.save(step, args=ocp.args.Composite(**kinds), force=True)
 
 
 def latest_step(manager: Manager) -> int | None:
@@ -182,12 +181,10 @@ def restore(manager: Manager, target: RunState, *, step: int | None = None) -> R
     wanted = _named(target)
     _check_same(folder, _read_manifest(manager, step)["leaves"], wanted)
     abstract = {name: _abstract(leaf) for name, leaf in wanted.items() if leaf.size}
-    try:
+    with _reading(_unreadable(manager, step)):
         found = manager.orbax.restore(
             step, args=ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(abstract)})
         )[_STATE]
-    except (ValueError, OSError, KeyError) as error:
-        raise ValueError(_unreadable(manager, step)) from error
     leaves = [_like(leaf, found[name] if leaf.size else None) for name, leaf in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(target), leaves)
 
@@ -219,18 +216,14 @@ def restore_subtree(workdir: str | os.PathLike, path: tuple[str, ...], target: A
     Raises:
         ValueError: naming the folder, if it has no checkpoint or not this part.
     """
-    folder = pathlib.Path(workdir).absolute() / _FOLDER
-    found = folder.iterdir() if folder.is_dir() else ()
-    steps = [int(step.name) for step in found if step.name.isdigit() and not _incomplete(step)]
-    if not steps:
-        raise ValueError(f"no complete checkpoint in {folder}")
-    step = folder / str(max(steps))
-    manifest = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(step / _MANIFEST)
+    step = check_newest(workdir).absolute()
+    manifest = json.loads((step / _MANIFEST / "metadata").read_text())
     prefix = "/".join(path)
     wanted = {f"{prefix}/{name}": leaf for name, leaf in _named(target).items()}
     part = {name: leaf for name, leaf in manifest["leaves"].items() if name in wanted}
     _check_same(step, part, wanted)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    damaged = f"checkpoint {step} cannot be read: its data is damaged"
+    with _reading(damaged), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         leaves = reader.restore(
             step / _STATE,
             args=ocp.args.PyTreeRestore(
@@ -242,17 +235,46 @@ def restore_subtree(workdir: str | os.PathLike, path: tuple[str, ...], target: A
     return jax.tree.unflatten(jax.tree.structure(target), [leaves[name] for name in wanted])
 
 
+def check_newest(workdir: str | os.PathLike) -> pathlib.Path:
+    """The folder of the newest checkpoint of a run, whose files are all there; reads no arrays.
+
+    Raises:
+        ValueError: naming the folder, if there is no checkpoint or the newest one is not whole.
+    """
+    folder = pathlib.Path(workdir) / _FOLDER
+    found = folder.iterdir() if folder.is_dir() else ()
+    steps = [int(step.name) for step in found if step.name.isdigit()]
+    if not steps:
+        raise ValueError(f"no checkpoint in {folder}; has the run that it names ended?")
+    step = folder / str(max(steps))
+    reason = _incomplete(step)
+    if reason:
+        older = f", or move it away to use step {sorted(steps)[-2]}" if len(steps) > 1 else ""
+        raise ValueError(f"checkpoint {step} is not complete: {reason}; copy it again{older}")
+    return step
+
+
 def saved_config(manager: Manager, step: int) -> str:
     """The config's text that was saved with `step`."""
     return _read_manifest(manager, step)["config"]
 
 
 def _read_manifest(manager: Manager, step: int) -> dict[str, Any]:
-    try:
+    with _reading(_unreadable(manager, step)):
         args = ocp.args.Composite(**{_MANIFEST: ocp.args.JsonRestore()})
         return manager.orbax.restore(step, args=args)[_MANIFEST]
-    except (ValueError, OSError, KeyError) as error:
-        raise ValueError(_unreadable(manager, step)) from error
+
+
+@contextlib.contextmanager
+def _reading(message: str) -> Iterator[None]:
+    """Turns what orbax raises for files that it cannot read into a ValueError."""
+    try:
+        yield
+    except Exception as error:
+        # Of data that it cannot decode orbax says so with an Exception of no other type.
+        if type(error) is not Exception and not isinstance(error, ValueError | OSError | KeyError):
+            raise
+        raise ValueError(message) from error
 
 
 def _unreadable(manager: Manager, step: int) -> str:
@@ -277,13 +299,38 @@ def _check_same(folder: pathlib.Path, saved: Mapping[str, list], wanted: dict[st
 
 
 def wait(manager: Manager) -> None:
-    """Blocks until saves in progress are on disk."""
-    manager.orbax.wait_until_finished()
+    """Blocks until saves in progress are on disk.
+
+    Raises:
+        OSError: with the system's error number, if a save could not be written. The checkpoints
+            before it stay: orbax removes an old one only when a newer one is whole.
+    """
+    with _writing(manager):
+        manager.orbax.wait_until_finished()
 
 
 def close(manager: Manager) -> None:
-    """Finishes saves in progress and closes the folder."""
-    manager.orbax.close()
+    """Finishes saves in progress and closes the folder; raises as `wait` does."""
+    with _writing(manager):
+        manager.orbax.close()
+
+
+@contextlib.contextmanager
+def _writing(manager: Manager) -> Iterator[None]:
+    """Names the folder, the system's reason and the last whole step where a save fails."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        # TensorStore raises a ValueError that ends in the number of the system's error.
+        told = re.search(r"os_error_code='(\d+)'", str(error))
+        number = int(told[1]) if told else error.errno if isinstance(error, OSError) else None
+        if number is None:
+            raise
+        steps = [int(f.name) for f in manager.folder.iterdir() if f.name.isdigit()]
+        whole = [step for step in steps if not _incomplete(manager.folder / str(step))]
+        last = f"step {max(whole)} is the last whole one" if whole else "there is none before it"
+        reason = f"a checkpoint was not written: {os.strerror(number)}; {last}"
+        raise OSError(number, reason, str(manager.folder)) from error
 
 
 def digest(params: Any) -> str:

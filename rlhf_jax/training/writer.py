@@ -7,6 +7,7 @@ JSON has no NaN or infinity: both are written as ``null``, and TensorBoard, whic
 gets the value itself. A mean over nothing is such a NaN, so this is not worth a warning.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -16,7 +17,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -44,8 +45,22 @@ def write_json(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
     """Writes a JSON file with sorted keys, whole or not at all."""
     path = pathlib.Path(path)
     draft = path.with_name(f"{path.name}.tmp")
-    draft.write_text(json.dumps(plain(content), indent=2, sort_keys=True, allow_nan=False) + "\n")
-    os.replace(draft, path)
+    text = json.dumps(plain(content), indent=2, sort_keys=True, allow_nan=False) + "\n"
+    try:
+        with _naming(draft):
+            draft.write_text(text)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)  # what a full disk left of it
+
+
+@contextlib.contextmanager
+def _naming(path: pathlib.Path) -> Iterator[None]:
+    """Names the file in an OSError: a write to an open file does not say which it was."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def keep_before(path: pathlib.Path, step: int) -> None:
@@ -110,8 +125,9 @@ class Writer:
         event = event_pb2.Event(
             wall_time=time.time(), step=step, summary=summary_pb2.Summary(value=tags)
         )
-        self._events.write(event.SerializeToString())
-        self._events.flush()
+        with _naming(self._folder / "tensorboard"):
+            self._events.write(event.SerializeToString())
+            self._events.flush()
 
     def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """One line of samples.jsonl per row, {"step": step, **row}."""
@@ -144,8 +160,9 @@ class Writer:
     def close(self) -> None:
         """Closes the files; a second call does nothing."""
         if self._active:
-            for file in (*self._lines.values(), self._events):
-                file.close()
+            with _naming(self._folder), contextlib.ExitStack() as stack:
+                for file in (*self._lines.values(), self._events):
+                    stack.callback(file.close)  # all of them, also where one cannot be flushed
 
     def __enter__(self) -> "Writer":
         return self
@@ -155,7 +172,8 @@ class Writer:
 
     def _append(self, name: str, content: Mapping[str, Any]) -> None:
         line = json.dumps(plain(content), sort_keys=True, allow_nan=False)
-        self._lines[name].write(line + "\n")
+        with _naming(self._folder / name):
+            self._lines[name].write(line + "\n")
 
 
 def _open_events(folder: pathlib.Path, resumed: int) -> RecordWriter:

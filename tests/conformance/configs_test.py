@@ -1,4 +1,4 @@
-"""Every config: loads, is locked against typos, is plain values, and its stages run shrunken."""
+"""Every config: loads, is locked against typos, is plain values, and names what exists."""
 
 import importlib
 import json
@@ -7,7 +7,7 @@ import pathlib
 import pytest
 from ml_collections import ConfigDict
 
-from rlhf_jax.pipeline import PROGRAMS, check, pipeline
+from rlhf_jax.pipeline import PROGRAMS, check
 from rlhf_jax.policy_plan import make_plan
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs"
@@ -57,25 +57,3 @@ def test_a_config_names_what_exists(name, tmp_path, monkeypatch):
     else:
         plan = make_plan(config)
         assert plan.described["policy"].vocab_size == plan.tokenizer.vocab_size
-
-
-def test_the_quickstart_runs_every_stage(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    config = load("quickstart", "small")
-    workdir = tmp_path / "run"
-    summary = pipeline(config, str(workdir))
-    assert {*config.order} == {path.name for path in workdir.iterdir() if path.is_dir()}
-    for stage in ("sft", "policy"):
-        for mode in ("accuracy", "greedy_accuracy"):
-            name = f"{stage}/{mode}"
-            assert 0 <= summary[f"{name}_low"] <= summary[name] <= summary[f"{name}_high"] <= 1
-    text = (workdir / "evaluation/evaluation.jsonl").read_text()
-    rows = [json.loads(line) for line in text.splitlines()]
-    assert len(rows) == 4 * config.stages.evaluation.config.problems
-    wanted = {"stage", "mode", "prompt", "expression", "completion"}
-    assert all(wanted <= row.keys() for row in rows)
-    assert all(isinstance(eval(row["expression"], {"__builtins__": {}}), int) for row in rows)
-    # A second call finds every stage done, and does nothing.
-    before = (workdir / "sft/metrics.jsonl").read_text()
-    assert pipeline(config, str(workdir)) == summary
-    assert (workdir / "sft/metrics.jsonl").read_text() == before

@@ -29,6 +29,7 @@ RESOURCES = {
     "params": PARAMS,
     "rows": 4,
     "decode": TOKENIZER.decode,
+    "words": ("so",),
     "records": lambda source, record: {"answer": f"#### {NUMBERS[record]}"},
 }
 
@@ -67,7 +68,7 @@ def assert_same(a, b):
 
 
 def test_the_shelf_has_the_members_of_this_step():
-    assert {"exact_match", "length", "outcome_model", "process_model"} <= set(MEMBERS)
+    assert {"exact_match", "keywords", "length", "outcome_model", "process_model"} <= set(MEMBERS)
 
 
 @pytest.mark.parametrize("name", MEMBERS)
@@ -148,6 +149,17 @@ def test_parts_are_unweighted_and_scores_weighted(name):
     np.testing.assert_allclose(scores.parts["label"], alone.parts[reward.name], rtol=1e-6)
     np.testing.assert_allclose(scores.outcome, 0.3 * alone.outcome, rtol=1e-6)
     np.testing.assert_allclose(scores.process, 0.3 * alone.process, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_weight_zero_logs_and_does_not_train(name):
+    (reward, score), rollouts = usual(name), batch()
+    alone, _ = score(reward.init(), rollouts)
+    whole = combine({"label": (reward, 0.0)})
+    scores, _ = program(whole)(whole.init(), rollouts)
+    np.testing.assert_allclose(scores.parts["label"], alone.parts[reward.name], rtol=1e-6)
+    np.testing.assert_array_equal(scores.outcome, np.zeros(8))
+    np.testing.assert_array_equal(scores.process, np.zeros(rollouts.mask.shape))
 
 
 @pytest.mark.parametrize("name", MEMBERS)

@@ -89,3 +89,14 @@ def test_published_dialogues_and_solutions(data_dir):
     values = dict(template="{question}\n", max_length=1024, seed=0, overlong="truncate")
     judged = correctness([solutions], ByteTokenizer(), **values).batch(0, slice(None), 2640)
     assert judged.label.mean() == pytest.approx(np.mean([r["is_correct"] for r in solutions]))
+
+
+def test_a_truncated_half_has_no_end_of_text():
+    """As a rollout that ran into its limit: the score is read at the last token that was said."""
+    record = {"prompt": "a", "chosen": "b", "rejected": "c", "rejected_truncated": True}
+    batch = pairs([[record]], TEXT, **COMMON).batch(0, slice(None), 1)
+    assert batch.chosen.tokens.tolist() == [[2, 3, 1, 0, 0]]
+    assert batch.rejected.tokens.tolist() == [[2, 4, 0, 0, 0]]
+    assert batch.rejected.mask.tolist() == [[True, True, False, False, False]]
+    with pytest.raises(ValueError, match="'chosen_truncated' holds 'no', not true or false"):
+        pairs([[record | {"chosen_truncated": "no"}]], TEXT, **COMMON)

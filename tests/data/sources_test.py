@@ -67,7 +67,7 @@ def test_absent_file_and_unknown_names(tmp_path):
         with pytest.raises(ValueError, match="neither 'arithmetic', 'jsonl:<path>' nor"):
             open_source(name)
     path = write(tmp_path / "a.jsonl", ROWS)
-    with pytest.raises(ValueError, match=r"no option \['feilds'\]; they have fields, format"):
+    with pytest.raises(ValueError, match="no option feilds; they have fields, format"):
         open_source(f"jsonl:{path}", options={"feilds": {}})
     with pytest.raises(ValueError, match="format='chat' is not one of plain, dialogue"):
         open_source(f"jsonl:{path}", options={"format": "chat"})
@@ -82,7 +82,7 @@ def test_fields_are_renamed(tmp_path):
     )
     assert swapped[1] == {"question": "#### 4", "answer": "2+2?"}
     absent = open_source(f"jsonl:{path}", options={"fields": {"prompt": "problem"}})
-    with pytest.raises(ValueError, match=r"record 0 has no field \['problem'\]; it has question"):
+    with pytest.raises(ValueError, match=r"no field problem, .*; the record has question"):
         absent[0]
 
 
@@ -172,3 +172,22 @@ def test_gsm8k_in_its_own_form(data_dir):
     source = open_source(f"jsonl:{data_dir}/gsm8k/{{split}}.jsonl.gz", "test")
     assert len(source) == 660
     assert all("\n#### " in source[i]["answer"] for i in range(len(source)))
+
+
+def test_inline_records_stand_in_the_config():
+    source = open_source("inline", "all", options={"prompt": ("a", "b"), "answer": [1, 2]})
+    assert all_of(source) == [{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": 2}]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({}, "got no column"),
+        ({"prompt": ()}, "got {'prompt': 0}"),
+        ({"prompt": ("a", "b"), "answer": (1,)}, "got {'prompt': 2, 'answer': 1}"),
+        ({"prompt": "ab"}, r"no list in \['prompt'\]"),  # text is no column of letters
+    ],
+)
+def test_inline_columns_are_lists_of_one_length(columns, message):
+    with pytest.raises(ValueError, match=message):
+        open_source("inline", options=columns)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import transformers
 
+from benchmarks import stories260k as stories
 from rlhf_jax.mesh import ShardingRules, make_mesh
 from rlhf_jax.models.load import load_hf
 from rlhf_jax.models.transformer import decoder
@@ -14,7 +15,6 @@ from rlhf_jax.sampling.sampler import generate
 from rlhf_jax.text.steps import token_tables
 from rlhf_jax.text.tokenizer import load_tokenizer
 from rlhf_jax.types import Prompts
-from tests.models import stories
 
 
 @pytest.fixture(scope="module")

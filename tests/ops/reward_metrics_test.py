@@ -76,3 +76,13 @@ def test_wilson_interval():
     assert rm.wilson_interval(0, 0) == (0.0, 1.0)
     narrow = rm.wilson_interval(800, 1000)
     assert low < narrow[0] < 0.8 < narrow[1] < high
+
+
+def test_mean_interval_by_hand_and_its_coverage():
+    # Mean 2, s = 1, so 2 ± 1.96 / sqrt(3).
+    mean, low, high = rm.mean_interval(np.array([1.0, 2.0, 3.0]))
+    np.testing.assert_allclose([mean, low, high], [2, 2 - 1.131586, 2 + 1.131586], rtol=1e-6)
+    draws = [rm.mean_interval(RNG.normal(5, 3, 50)) for _ in range(400)]
+    assert 0.91 < np.mean([low < 5 < high for _, low, high in draws]) < 0.98
+    with pytest.raises(ValueError, match="1 values have no interval"):
+        rm.mean_interval(np.ones(1))

@@ -54,6 +54,21 @@ def test_combine_weighs_and_adds_and_keeps_parts_unweighted_by_label():
     assert state == {"cost": {}, "steps": {}}
 
 
+def test_weight_zero_is_a_metric_and_enters_no_sum():
+    rollouts = spell(["q"], ["aa", "ab"], group=2)
+    broken = device_reward("broken", lambda rollouts: jnp.full(2, jnp.inf))
+    reward = combine({"cost": (tokens_reward(), -1.0), "watched": (broken, 0.0)})
+    scores, _ = reward.score(reward.init(), rollouts)
+    np.testing.assert_array_equal(scores.outcome, [-3.0, -3.0])
+    np.testing.assert_array_equal(scores.parts["watched"], [np.inf, np.inf])
+    # Alone on its place it gives zeros of the right shape, so that places can be added.
+    alone = combine({"letters": (letters_reward("a"), 0.0)})
+    watched, _ = alone.score(alone.init(), rollouts)
+    np.testing.assert_array_equal(watched.parts["letters"], [2.0, 1.0])
+    np.testing.assert_array_equal(add_scores(scores, watched).outcome, scores.outcome)
+    np.testing.assert_array_equal(watched.process, np.zeros(rollouts.mask.shape))
+
+
 def test_fractions_survive_and_scores_are_float32():
     rollouts = random_rollouts(0)
     reward = device_reward("third", lambda rollouts: rollouts.mask.sum(-1) / 3)

@@ -225,15 +225,35 @@ def test_when_nothing_is_complete_the_run_does_not_start_afresh_in_silence(tmp_p
 # The first read that fails ends orbax's event loop, and other reads then report to a closed loop.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_damaged_data_is_an_error_that_names_the_folder_and_the_way_out(tmp_path):
-    states = make_state(1), make_state(2)
+    states = make_state(1, width=20_000), make_state(2, width=20_000)
     checkpoint.close(saved(tmp_path, *states))
-    for file in (tmp_path / "checkpoints" / "2" / "state").rglob("*"):
-        if file.is_file() and file.parent.name == "d":
-            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    files = (tmp_path / "checkpoints" / "2" / "state").rglob("d/*")
+    arrays = max(files, key=lambda file: file.stat().st_size)
+    arrays.write_bytes(bytes(arrays.stat().st_size))  # as long as before
     manager = checkpoint.open_manager(tmp_path, keep=5, every=1)
     with pytest.raises(ValueError, match=r"checkpoints/2 cannot be read.*resume from step 1"):
         checkpoint.restore(manager, states[1])
     assert_same(states[0], checkpoint.restore(manager, states[1], step=1))
+    checkpoint.close(manager)
+
+
+def test_a_file_that_is_cut_short_is_seen_without_reading_arrays(tmp_path, caplog):
+    states = make_state(1, width=20_000), make_state(2, width=20_000)
+    checkpoint.close(saved(tmp_path, *states))
+    assert checkpoint.check_newest(tmp_path) == tmp_path / "checkpoints/2"
+    files = (tmp_path / "checkpoints" / "2" / "state").rglob("d/*")
+    arrays = max(files, key=lambda file: file.stat().st_size)
+    size = arrays.stat().st_size
+    arrays.write_bytes(arrays.read_bytes()[: size // 2])
+    wanted = rf"checkpoints/2 is not complete: .*ends at byte {size // 2} of .*use step 1"
+    with pytest.raises(ValueError, match=wanted):
+        checkpoint.check_newest(tmp_path)
+    arrays.unlink()
+    with pytest.raises(ValueError, match=f"{arrays.name} is absent"):
+        checkpoint.check_newest(tmp_path)
+    manager = checkpoint.open_manager(tmp_path, keep=5, every=1)
+    assert "is absent" in caplog.text
+    assert_same(states[0], checkpoint.restore(manager, states[1]))
     checkpoint.close(manager)
 
 

@@ -1,4 +1,8 @@
-"""Test-side converter: llama2.c's stories260K (a real pretrained Llama) -> a Hugging Face folder.
+"""llama2.c's stories260K, a real pretrained Llama of 260K weights -> a Hugging Face folder.
+
+    python -m benchmarks.stories260k SOURCE FOLDER
+
+SOURCE holds stories260K.bin and tok512.bin; FOLDER is what ``model.init_from`` takes.
 
 llama2.c, https://github.com/karpathy/llama2.c, export format version 0: seven int32 (dim,
 hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len), then float32 tensors. Its rotary
@@ -6,6 +10,7 @@ embedding turns neighbouring pairs (2j, 2j+1); Hugging Face's turns (j, j + Dh/2
 wq and wk are reordered within each head.
 """
 
+import argparse
 import json
 import pathlib
 import struct
@@ -165,3 +170,15 @@ def convert(source: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("source", type=pathlib.Path, help="holds stories260K.bin and tok512.bin")
+    parser.add_argument("folder", type=pathlib.Path, help="is made; for model.init_from")
+    args = parser.parse_args()
+    print(convert(args.source, args.folder))
+
+
+if __name__ == "__main__":
+    main()

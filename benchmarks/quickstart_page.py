@@ -1,0 +1,151 @@
+"""docs/results/quickstart.md from the summaries of `benchmarks.quickstart_study`."""
+
+import datetime
+import pathlib
+from collections.abc import Callable, Sequence
+
+from benchmarks.pages import Numbers, date_and_versions, interval, read, read_lines, table
+
+FIGURES = {"main": "quickstart.png", "low_kl": "quickstart_low_kl.png"}
+EDGE = 5  # iterations at either end of a run over which a metric is averaged
+MODES = {"sampling": "accuracy", "greedy": "greedy_accuracy"}
+
+
+def points(share: float) -> str:
+    """A difference of shares as points."""
+    return f"{100 * share:+.1f}"
+
+
+def gain(numbers: Numbers, name: str) -> str:
+    """The policy's accuracy less that of its start, in points."""
+    return points(numbers[f"policy/{name}"] - numbers[f"sft/{name}"])
+
+
+def accuracy_rows(main: Sequence[Numbers]) -> list[list[str]]:
+    """Exact answers before and after."""
+    rows = []
+    for mode, name in MODES.items():
+        rows.append([f"fine-tuned, {mode}", *(interval(n, f"sft/{name}") for n in main)])
+        rows.append([f"policy, {mode}", *(interval(n, f"policy/{name}") for n in main)])
+        rows.append([f"gain, {mode} (points)", *(gain(n, name) for n in main)])
+    return rows
+
+
+def control_rows(
+    main: Sequence[Numbers], longer: Sequence[Numbers], shuffled: Sequence[Numbers]
+) -> list[list[str]]:
+    """What a fifth more fine-tuning gains, and what shuffled labels gain, in points."""
+    rows = []
+    for mode, name in MODES.items():
+        more = [
+            points(a[f"sft/{name}"] - b[f"sft/{name}"]) for a, b in zip(longer, main, strict=True)
+        ]
+        rows.append([f"20 % more fine-tuning, {mode}", *more])
+    for mode, name in MODES.items():
+        rows.append([f"shuffled labels, {mode}", *(gain(n, name) for n in shuffled)])
+    return rows
+
+
+def reward_rows(main: Sequence[Numbers]) -> list[list[str]]:
+    """The reward models on held-out labels, beside what needs no model."""
+    names = {
+        "outcome: pair accuracy": "outcome_model/pair_accuracy",
+        '"the longer wins"': "outcome_model/longer_wins",
+        '"the shorter wins"': "outcome_model/shorter_wins",
+        "outcome: AUC of correctness": "outcome_model/correctness_auc",
+        "process: AUC of steps": "process_model/step_auc",
+        "process: balanced accuracy of steps": "process_model/balanced_accuracy",
+        "majority rate of step labels": "process_model/majority_rate",
+    }
+    return [[label, *(interval(n, name) for n in main)] for label, name in names.items()]
+
+
+def cost_rows(main: Sequence[Numbers]) -> list[list[str]]:
+    """KL, time, memory and late compilation."""
+    shown: dict[str, Callable[[Numbers], str]] = {
+        "KL of the policy (nats per completion)": lambda n: interval(n, "policy/kl", 2),
+        "seconds": lambda n: f"{n['seconds']:.0f}",
+        "peak memory (GiB)": lambda n: f"{n['peak_memory_bytes'] / 2**30:.2f}",
+        "programs compiled after warm-up": lambda n: f"{n['compiles_after_warmup']}",
+    }
+    return [[label, *(show(n) for n in main)] for label, show in shown.items()]
+
+
+def edges(folder: pathlib.Path, name: str) -> tuple[float, float, float]:
+    """A metric's mean over the first and the last iterations of a policy run, and its highest."""
+    values = [row[name] for row in read_lines(folder / "policy/metrics.jsonl")]
+    windows = [values[i : i + EDGE] for i in range(max(1, len(values) - EDGE + 1))]
+    means = [sum(window) / len(window) for window in windows]
+    return means[0], max(means), means[-1]
+
+
+def over_optimised(folder: pathlib.Path) -> str:
+    """The run with a tenth of the KL weight: what was paid, what it was worth."""
+    names = {
+        "what is paid (`objective/score`)": "objective/score",
+        "exact answers (`reward/exact`)": "reward/exact",
+        "KL (`objective/kl_ref`)": "objective/kl_ref",
+    }
+    rows = [[label, *(f"{x:.3f}" for x in edges(folder, name))] for label, name in names.items()]
+    head = ["metric", f"first {EDGE} iterations", f"best {EDGE} in a row", f"last {EDGE}"]
+    return table(head, rows)
+
+
+def page(workdir: pathlib.Path, seeds: Sequence[int], command: str) -> str:
+    """The whole page."""
+
+    def found(kind: str) -> list[Numbers]:
+        return [read(workdir / f"{kind}_{seed}" / "summary.json") for seed in seeds]
+
+    main, longer, shuffled = found("main"), found("longer"), found("shuffled")
+    head = ["", *(f"seed {seed}" for seed in seeds)]
+    low_kl = workdir / f"low_kl_{seeds[0]}"
+    low = read(low_kl / "summary.json")
+    return f"""# The quickstart: three seeds, controls, and what a smaller KL weight does
+
+{datetime.date.today()}, {date_and_versions(main[0])}. Written by
+
+    {command}
+
+which runs what is not done yet; every number below comes from a summary.json.
+
+## Exact answers
+
+Problems of the test split, on which nothing was trained; 95 % intervals (Wilson). Sampling is at
+temperature 1. PPO saw the learned rewards only.
+
+{table(head, accuracy_rows(main))}
+
+![rewards, gold accuracy, KL and length over iterations; accuracy per stage](quickstart.png)
+
+## Controls
+
+Points gained over the fine-tuned model of the main run. *20 % more fine-tuning* says whether
+fine-tuning was at its end; *shuffled labels* trains the reward models on the same samples with
+their labels dealt out anew, and PPO against them.
+
+{table(head, control_rows(main, longer, shuffled))}
+
+## Reward models
+
+On labels of problems that were held out. Both sides of a pair are well-formed and ended by
+themselves.
+
+{table(head, reward_rows(main))}
+
+## Cost
+
+{table(head, cost_rows(main))}
+
+## A tenth of the KL weight
+
+The first seed's fine-tuned and reward models, PPO with `algorithm.kl_coef` divided by ten. Exact
+answers are logged beside the rewards (a reward of weight 0) and train nothing. On test problems it
+ends at {interval(low, "policy/accuracy")} when sampling and
+{interval(low, "policy/greedy_accuracy")} greedy, {interval(low, "policy/kl", 1)} nats from
+where it started.
+
+{over_optimised(low_kl)}
+
+![the same with a tenth of the KL weight](quickstart_low_kl.png)
+"""

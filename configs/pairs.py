@@ -1,0 +1,115 @@
+"""An outcome reward model from a file of preference pairs, and what it is worth on another file.
+
+    python -m rlhf_jax.pipeline \
+        --config=configs/pairs.py:train=TRAIN.jsonl.gz,test=TEST.jsonl.gz --workdir=runs/pairs
+
+Each line of a file has ``prompt``, ``chosen`` and ``rejected``. With ``dialogue`` it has whole
+dialogues ``chosen`` and ``rejected`` in the form of HH-RLHF, which share all but the last reply.
+The last stage prints the accuracy on the test pairs beside that of "the longer one wins", which is
+hard to beat on many sets of human preferences (`docs/results/real_input.md`).
+
+Other arguments: ``tokenizer`` ("byte", a folder or a tokenizer.json), ``size`` (random weights of a
+named size) or ``model`` (a Hugging Face folder to start from, whose tokenizer is used),
+``max_length`` (tokens of prompt and reply; longer ones are left out), ``rows`` (pairs per step),
+``steps``, ``rate`` (of learning).
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import parse_arg
+
+MESH = dict(data=-1, fsdp=1, tensor=1)  # -1: all devices that remain
+
+
+def tokenizer(args: ConfigDict) -> str:
+    """That of the model to start from, where there is one."""
+    return args.model or args.tokenizer
+
+
+def pairs(args: ConfigDict, path: str, rows: int) -> dict:
+    """The pairs of one file."""
+    return dict(
+        kind="pairs",
+        name="jsonl:" + path,
+        split="all",
+        options=dict(format="dialogue" if args.dialogue else "plain"),
+        template="{prompt}" if args.dialogue else "{prompt}\n",
+        max_length=args.max_length,
+        overlong="skip",
+        weight=1.0,
+        rows=rows,
+    )
+
+
+def reward(args: ConfigDict) -> dict:
+    """The outcome model."""
+    start = dict(init_from=args.model) if args.model else dict(name=args.size, init_from="")
+    return dict(
+        seed=args.get_ref("seed"),
+        mesh=MESH,
+        model=start,
+        reward=dict(score_heads=("outcome",)),
+        data=dict(tokenizer=tokenizer(args)),
+        sources=dict(pairs=pairs(args, args.train, args.rows)),
+        optimizer=dict(
+            learning_rate=args.rate, schedule="cosine", warmup=args.steps // 20, eps=1e-5
+        ),
+        updates=dict(microbatches=1, centre_coef=0.01),
+        train=dict(steps=args.steps, max_skipped=3),
+        eval=dict(every=1_000_000, sources=dict()),
+        checkpoint=dict(every=100, keep=1),
+        log=dict(every=10, samples_every=1_000_000, samples=0, show=("pairs/accuracy",)),
+    )
+
+
+def evaluation(args: ConfigDict) -> dict:
+    """The test pairs. No policy is evaluated, so what is said of prompts and sampling is unused."""
+    return dict(
+        seed=args.get_ref("seed"),
+        mesh=MESH,
+        model=dict(init_from=""),
+        policies=dict(),
+        modes=(),
+        problems=1,
+        data=dict(
+            name="jsonl:" + args.test,
+            split="all",
+            template="",
+            max_prompt=1,
+            overlong="skip",
+            tokenizer=tokenizer(args),
+        ),
+        rollout=dict(
+            prompts=1,
+            samples=1,
+            max_tokens=1,
+            max_draws=1,
+            sampling=dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0),
+        ),
+        reward=dict(
+            init_from="{workdir}/reward", sources=dict(pairs=pairs(args, args.test, args.test_rows))
+        ),
+    )
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    args = parse_arg(
+        arg,
+        seed=0,
+        train="train.jsonl.gz",
+        test="test.jsonl.gz",
+        dialogue=False,
+        tokenizer="byte",
+        model="",
+        size="small",
+        max_length=512,
+        rows=16,
+        test_rows=1,  # the test pairs that fill no batch of so many are left out
+        steps=300,
+        rate=3e-4,
+    )
+    stages = dict(
+        reward=dict(program="train_reward", config=reward(args)),
+        evaluation=dict(program="evaluate", config=evaluation(args)),
+    )
+    return ConfigDict(dict(seed=args.get_ref("seed"), order=tuple(stages), stages=stages))

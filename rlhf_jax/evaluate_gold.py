@@ -1,0 +1,132 @@
+"""Evaluates policies by a reward that was not trained on: what their samples are really worth.
+
+    python -m rlhf_jax.evaluate_gold --config=configs/X.py --workdir=DIR
+
+K samples of each of M held-out prompts for every policy of ``policies``, scored by the reward of
+``gold``, which needs no model. Beside the means stand what each policy gained over
+``reference`` on the same prompts and how far it went from it, all with 95 % intervals over
+prompts, because the samples of one prompt depend on each other. Every completion goes to
+evaluation.jsonl; a table is printed.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float
+from ml_collections import ConfigDict
+
+from rlhf_jax import program, run_folder
+from rlhf_jax.evaluate import print_table
+from rlhf_jax.judge import Judge, check_judge, make_judge
+from rlhf_jax.label_samples import write_lines
+from rlhf_jax.mesh import fetch_host
+from rlhf_jax.ops.masking import masked_sum
+from rlhf_jax.ops.reward_metrics import mean_interval
+from rlhf_jax.policy_sampler import PolicySampler
+from rlhf_jax.training.keys import Purpose
+from rlhf_jax.training.writer import write_json
+
+
+class Found(NamedTuple):
+    """What one policy did: lines of evaluation.jsonl, and numbers by prompt and sample."""
+
+    rows: list[dict[str, Any]]
+    gold: Float[np.ndarray, "M K"]
+    kl: Float[np.ndarray, "M K"]  # log policy - log reference of the completion, in nats
+    length: Float[np.ndarray, "M K"]  # tokens
+
+
+def judged(
+    stage: str, sampler: PolicySampler, reference: PolicySampler, judge: Judge, problems: int
+) -> Found:
+    """Samples, scores and reads the completions of one policy."""
+    rows, batches = [], []
+    for first, rollouts in sampler.batches(problems):
+        kept = problems - first
+        gap = sampler.logprobs(rollouts) - reference.logprobs(rollouts)
+        kl = fetch_host(masked_sum(gap, rollouts.mask, axis=-1))
+        length = fetch_host(rollouts.mask.sum(-1)).astype(np.float32)
+        gold = judge(rollouts)
+        k = rollouts.group_size
+        batches.append([x.reshape(-1, k)[:kept] for x in (gold, kl, length)])
+        for group, scores in zip(sampler.decode(rollouts), batches[-1][0], strict=False):
+            rows += list(_lines(stage, group, scores))
+    return Found(rows, *(np.concatenate(parts) for parts in zip(*batches, strict=True)))
+
+
+def _lines(stage: str, group, scores) -> Iterator[dict[str, Any]]:
+    for sample, score in zip(group, scores.tolist(), strict=True):
+        yield {
+            "stage": stage,
+            "prompt": sample.prompt,
+            "completion": sample.completion,
+            "truncated": not sample.ended,
+            "gold": score,
+        }
+
+
+def numbers_of(found: Mapping[str, Found], reference: str) -> dict[str, float]:
+    """<stage>/gold, /length, and against the reference /gold_gain and /kl, with intervals."""
+    numbers: dict[str, float] = {}
+
+    def add(name: str, values: Float[np.ndarray, "M K"]) -> None:
+        mean, low, high = mean_interval(values.mean(axis=1))
+        numbers.update({name: mean, f"{name}_low": low, f"{name}_high": high})
+
+    for stage, one in found.items():
+        add(f"{stage}/gold", one.gold)
+        if stage != reference:
+            add(f"{stage}/gold_gain", one.gold - found[reference].gold)
+            add(f"{stage}/kl", one.kl)
+        add(f"{stage}/length", one.length)
+    return numbers
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raises a ValueError for what cannot be evaluated."""
+    if config.reference not in config.policies:
+        raise ValueError(
+            f"reference={config.reference!r}; wanted one of policies: {', '.join(config.policies)}"
+        )
+    if config.problems < 2:
+        raise ValueError(f"problems={config.problems}; wanted 2 or more, for an interval")
+    check_judge("gold", config.gold)
+
+
+def evaluate_gold(config: ConfigDict, workdir: str) -> dict[str, float]:
+    """Evaluates what ``config.policies`` name; returns the numbers.
+
+    Raises:
+        ValueError: for bad input, before any device is touched.
+    """
+    started = time.time()
+    check_config(config)
+    samplers = {}
+    for stage, section in config.policies.items():
+        own = config.copy_and_resolve_references()
+        own.model.init_from = section.init_from
+        samplers[stage] = PolicySampler(own, Purpose.EVALUATE)
+    reference = samplers[config.reference]
+    if len(reference) < config.problems:
+        raise ValueError(f"problems={config.problems} but data has {len(reference)}")
+    judge = make_judge("gold", config.gold, reference)
+    folder = run_folder.prepare(workdir, config, {})
+    found = {
+        stage: judged(stage, sampler, reference, judge, config.problems)
+        for stage, sampler in samplers.items()
+    }
+    write_lines(folder / "evaluation.jsonl", [row for one in found.values() for row in one.rows])
+    numbers = numbers_of(found, config.reference)
+    compiles = sum(sampler.compiles.after_warmup for sampler in samplers.values())
+    numbers["compiles_after_warmup"] = compiles
+    if jax.process_index() == 0:
+        print_table(numbers)
+        write_json(folder / "summary.json", numbers | run_folder.closing_facts(started))
+    return numbers
+
+
+if __name__ == "__main__":
+    program.run_program(evaluate_gold)

@@ -1,0 +1,72 @@
+"""Rewards outside of a policy run: one number per completion, for labels and for evaluation.
+
+Any reward that needs no model serves, from the shelf or by a dotted name. What the policy is paid
+by in training need not be what judges here: this is where a known truth ("gold") is asked.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+from ml_collections import ConfigDict
+
+from rlhf_jax import build
+from rlhf_jax.mesh import fetch_host
+from rlhf_jax.ops.masking import masked_sum
+from rlhf_jax.policy_sampler import PolicySampler
+from rlhf_jax.schema import check_call
+from rlhf_jax.types import Rollouts
+
+Judge = Callable[[Rollouts], Float[np.ndarray, " B"]]
+_RESOURCES = ("decode", "records", "rows")  # what a factory gets if it names it
+
+
+def check_judge(path: str, section: ConfigDict) -> Callable:
+    """The factory of the reward that judges; builds nothing.
+
+    Args:
+        path: where the section stands in the config, for messages.
+        section: the reward's name and the values of its factory.
+
+    Raises:
+        ValueError: no name, an unknown one, one of a learned reward, or a wrong key.
+    """
+    factory = build.member(path, "rewards", section)
+    if "model" in inspect.signature(factory).parameters:
+        raise ValueError(
+            f"{path}.name={section.name!r} is a learned reward; what judges here needs no model, "
+            "such as 'exact_match' or 'keywords'"
+        )
+    check_call(path, factory, _values(section), given=_RESOURCES)
+    return factory
+
+
+def make_judge(path: str, section: ConfigDict, sampler: PolicySampler) -> Judge:
+    """A function from rollouts of ``sampler`` to the score of each completion.
+
+    The score is outcome plus the sum of process scores, as `objective/score` of a policy run,
+    without wrappers or weight.
+
+    Raises:
+        ValueError: see `check_judge`; also for what the factory itself refuses.
+    """
+    factory = check_judge(path, section)
+    resources = dict(decode=sampler.text.decode, records=sampler.record, rows=None)
+    ours = {k: resources[k] for k in _RESOURCES if k in inspect.signature(factory).parameters}
+    values = _values(section)
+    reward = build.call(path, factory, values, **ours)
+    score = reward.score if reward.where == "host" else jax.jit(reward.score)
+    state = reward.init()
+
+    def judge(rollouts: Rollouts) -> Float[np.ndarray, " B"]:
+        scores, _ = score(state, rollouts)
+        return fetch_host(scores.outcome + masked_sum(scores.process, rollouts.mask, axis=-1))
+
+    return judge
+
+
+def _values(section: ConfigDict) -> dict[str, Any]:
+    return {name: value for name, value in section.to_dict().items() if name != "name"}

@@ -1,0 +1,133 @@
+"""The stages of a pipeline, planned before the first one starts: mistakes in the last are seen now.
+
+Each stage is planned as its program would plan it, with a scratch folder in place of the run's. A
+stage that trains leaves there what its models will be, and stages that start from it read that.
+What is not there yet, parameters and data of earlier stages, is looked at when the stage starts.
+"""
+
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from rlhf_jax import build, fit, label_samples, roles, run_folder, sections, train_reward, train_sft
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.policy_plan import make_plan
+from rlhf_jax.policy_sampler import plan_sampler
+from rlhf_jax.schema import closest, within
+
+Later = Callable[[ConfigDict], bool]  # whether a data section names what an earlier stage writes
+_STAGE = re.compile(r"\{workdir\}/([^/]+)")
+
+
+def place(values: Any, workdir: str) -> Any:
+    """``values`` with ``{workdir}`` replaced in every text."""
+    if isinstance(values, Mapping):
+        return {name: place(value, workdir) for name, value in values.items()}
+    if isinstance(values, list | tuple):
+        return type(values)(place(value, workdir) for value in values)
+    return values.replace("{workdir}", workdir) if isinstance(values, str) else values
+
+
+def rehearse(stages: Sequence[tuple[str, ConfigDict]], workdir: str, done: Collection[str]) -> None:
+    """Plans every stage that is not done; touches no device and writes nothing that stays.
+
+    Raises:
+        ValueError: naming the stage and its field.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        for number, (name, stage) in enumerate(stages):
+            folder = pathlib.Path(scratch, name)
+            folder.mkdir()
+            written = pathlib.Path(workdir, name, "model.json")
+            if name in done:
+                if written.is_file():
+                    shutil.copy(written, folder)
+                continue
+            with within(f"stages.{name}.config"):
+                sections.check(stage.program, stage.config)
+                _check_order(stage.config.to_dict(), [earlier for earlier, _ in stages[:number]])
+                own = ConfigDict(place(stage.config.to_dict(), scratch))
+                _check_starts(own.to_dict(), scratch)
+                models = _PLANS[stage.program](own, lambda section: scratch in section.name)
+            run_folder.write_models(folder, models)
+
+
+def _leaves(values: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in a config, with its path."""
+    if isinstance(values, Mapping):
+        for name, value in values.items():
+            yield from _leaves(value, f"{path}.{name}" if path else name)
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _leaves(value, path)
+    elif isinstance(values, str):
+        yield path, values
+
+
+def _check_order(values: Mapping[str, Any], earlier: Sequence[str]) -> None:
+    """Raises a ValueError for ``{workdir}/x`` where x is not a stage that runs before."""
+    for path, text in _leaves(values):
+        for name in _STAGE.findall(text):
+            if name not in earlier:
+                raise ValueError(
+                    f"{path}={text!r} names {name!r}, which is no earlier stage"
+                    f"{closest(name, earlier)}; earlier: {', '.join(earlier) or 'none'}"
+                )
+
+
+def _check_starts(values: Mapping[str, Any], scratch: str) -> None:
+    """Looks into the folders that are there already and that models start from."""
+    for path, text in _leaves(values):
+        section, _, key = path.rpartition(".")
+        if key == "init_from" and scratch not in text and pathlib.Path(text or "-").is_dir():
+            roles.check_start(section, text)
+
+
+def _sft(config: ConfigDict, later: Later) -> Mapping[str, ModelConfig]:
+    planned = fit.open_sources(train_sft.check(config), later)
+    return {planned.role: planned.described}
+
+
+def _reward(config: ConfigDict, later: Later) -> Mapping[str, ModelConfig]:
+    planned = fit.open_sources(train_reward.check(config), later)
+    return {planned.role: planned.described}
+
+
+def _policy(config: ConfigDict, later: Later) -> Mapping[str, ModelConfig]:
+    if later(config.data):
+        return {}
+    return make_plan(config, starts=False).described
+
+
+def _labels(config: ConfigDict, later: Later) -> Mapping[str, ModelConfig]:
+    label_samples.check_config(config)
+    if not later(config.data):
+        plan_sampler(config)
+    return {}
+
+
+def _evaluation(config: ConfigDict, later: Later) -> Mapping[str, ModelConfig]:
+    for section in config.policies.values() if not later(config.data) else ():
+        own = config.copy_and_resolve_references()
+        own.model.init_from = section.init_from
+        plan_sampler(own)
+    if config.get("reward", {}).get("init_from", ""):
+        run_folder.read_models(config.reward.init_from)
+        for label, section in config.reward.sources.items():
+            build.check_source(f"reward.sources.{label}", section)
+    return {}
+
+
+_PLANS: Mapping[str, Callable[[ConfigDict, Later], Mapping[str, ModelConfig]]] = {
+    "train_sft": _sft,
+    "train_reward": _reward,
+    "train_policy": _policy,
+    "label_samples": _labels,
+    "evaluate": _evaluation,
+    "evaluate_gold": _evaluation,
+}

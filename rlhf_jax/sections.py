@@ -1,0 +1,261 @@
+"""Every key of every program's config, with its type.
+
+A key that stands in no class here is a misspelling and stops the program at once, and so does a
+value of another type. ``Mapping`` marks a section whose keys are those of whoever gets it: the
+factory of an algorithm, a reward or a kind of source, a model's config, the mesh, a data set.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, NotRequired, TypedDict
+
+from ml_collections import ConfigDict
+
+from rlhf_jax.schema import AtLeast, check_section
+
+Count = Annotated[int, AtLeast(1)]
+Index = Annotated[int, AtLeast(0)]
+
+
+class Tokens(TypedDict):
+    """The data section of a program that reads texts through its sources."""
+
+    tokenizer: str
+    name: NotRequired[str]
+    split: NotRequired[str]
+    data_dir: NotRequired[str | None]
+    options: NotRequired[Mapping[str, Any]]
+    template: NotRequired[str]
+    max_prompt: NotRequired[Count]
+    max_length: NotRequired[Count]  # for configs that share one section between programs
+    overlong: NotRequired[str]
+
+
+class Prompts(Tokens):
+    """The data section of a program that samples."""
+
+    name: str
+    template: str
+    max_prompt: Count
+    overlong: str
+
+
+class Rollout(TypedDict):
+    """Sampling: prompts a step, samples a prompt."""
+
+    prompts: Count
+    samples: Count
+    max_tokens: Count
+    max_draws: Count
+    sampling: Mapping[str, Any]
+
+
+class Train(TypedDict):
+    """How long a run is, and after how many non-finite updates in a row it stops."""
+
+    steps: Count
+    max_skipped: Count
+
+
+class Checkpoint(TypedDict):
+    """Steps between checkpoints, and how many of them stay."""
+
+    every: Count
+    keep: Count
+
+
+class Log(TypedDict):
+    """Steps between lines, and the metrics that progress lines show."""
+
+    every: Count
+    samples_every: NotRequired[Count]
+    samples: NotRequired[Index]
+    show: NotRequired[tuple[str, ...]]
+
+
+class PolicyLog(Log):
+    """A policy run also logs samples."""
+
+    samples_every: Count
+    samples: Index
+
+
+class Start(TypedDict):
+    """Where parameters come from."""
+
+    init_from: str
+
+
+class Job(TypedDict):
+    """What every program has."""
+
+    seed: Index
+    mesh: Mapping[str, Any]
+    model: Mapping[str, Any]
+
+
+class Training(Job):
+    """What every program has that trains."""
+
+    train: Train
+    checkpoint: Checkpoint
+
+
+class Updates(TypedDict):
+    """The parts of a supervised step."""
+
+    microbatches: Count
+    centre_coef: NotRequired[float]
+
+
+class HeldOut(TypedDict):
+    """Evaluation while a supervised run goes on."""
+
+    every: Count
+    sources: dict[str, Mapping[str, Any]]
+
+
+class TrainSft(Training):
+    """`rlhf_jax.train_sft`."""
+
+    data: Tokens
+    sources: dict[str, Mapping[str, Any]]
+    optimizer: Mapping[str, Any]
+    updates: Updates
+    eval: HeldOut
+    log: Log
+
+
+class Heads(TypedDict):
+    """The scalar heads that a reward model gets."""
+
+    score_heads: tuple[str, ...]
+
+
+class TrainReward(TrainSft):
+    """`rlhf_jax.train_reward`."""
+
+    reward: Heads
+
+
+class Wrappers(TypedDict):
+    """The keys of a reward's section that do not go to its factory."""
+
+    name: str
+    weight: float
+    init_from: NotRequired[str]
+    normalise: NotRequired[bool]
+    clip: NotRequired[float]
+    shrink: NotRequired[float]
+
+
+class PolicyUpdates(TypedDict):
+    """The parts of a policy update."""
+
+    epochs: Count
+    minibatches: Count
+    microbatches: Count
+
+
+class Optimizers(TypedDict):
+    """One optimizer for each model that trains."""
+
+    policy: Mapping[str, Any]
+    value: NotRequired[Mapping[str, Any]]
+
+
+class TrainPolicy(Training):
+    """`rlhf_jax.train_policy`."""
+
+    data: Prompts
+    value: NotRequired[Start]
+    extra: dict[str, Mapping[str, Any]]
+    rollout: Rollout
+    rewards: dict[str, Mapping[str, Any]]
+    algorithm: Mapping[str, Any]
+    optimizer: Optimizers
+    updates: PolicyUpdates
+    log: PolicyLog
+
+
+class Label(TypedDict):
+    """Problems to label, the share of them that is held out, and pairs a problem."""
+
+    problems: Count
+    held_out: float
+    pairs: Index
+    reward: NotRequired[Mapping[str, Any]]
+    margin: NotRequired[float]
+    shuffle: NotRequired[bool]  # a control: labels that say nothing
+
+
+class LabelSamples(Job):
+    """`rlhf_jax.label_samples`."""
+
+    data: Prompts
+    rollout: Rollout
+    label: Label
+
+
+class RewardReport(TypedDict):
+    """The reward model to evaluate (none where init_from is empty), and on what."""
+
+    init_from: str
+    sources: dict[str, Mapping[str, Any]]
+
+
+class Evaluate(Job):
+    """`rlhf_jax.evaluate`."""
+
+    data: Prompts
+    rollout: Rollout
+    policies: dict[str, Start]
+    modes: tuple[str, ...]
+    reference: NotRequired[str]
+    problems: Count
+    reward: RewardReport
+
+
+class EvaluateGold(Job):
+    """`rlhf_jax.evaluate_gold`."""
+
+    data: Prompts
+    rollout: Rollout
+    policies: dict[str, Start]
+    reference: str
+    problems: Count
+    gold: Mapping[str, Any]
+
+
+class Stage(TypedDict):
+    """A program and its config."""
+
+    program: str
+    config: Mapping[str, Any]
+
+
+class Pipeline(TypedDict):
+    """`rlhf_jax.pipeline`."""
+
+    seed: NotRequired[Index]
+    order: tuple[str, ...]
+    stages: dict[str, Stage]
+
+
+PROGRAMS: Mapping[str, type] = {
+    "train_sft": TrainSft,
+    "train_reward": TrainReward,
+    "train_policy": TrainPolicy,
+    "label_samples": LabelSamples,
+    "evaluate": Evaluate,
+    "evaluate_gold": EvaluateGold,
+    "pipeline": Pipeline,
+}
+
+
+def check(program: str, config: ConfigDict) -> None:
+    """Holds a config to the keys of its program.
+
+    Raises:
+        ValueError: naming the first key that is unknown, absent or of another type.
+    """
+    check_section("", config.to_dict(), PROGRAMS[program])

@@ -48,6 +48,7 @@ setup(
         "orbax-checkpoint>=0.12.8",
         "rich>=13.9",
         "safetensors>=0.5",
+        "scipy>=1.15",
         "tensorboard>=2.19",
         "tensorflow-datasets>=4.9.10",
         "tensorstore>=0.1.86",

@@ -43,7 +43,7 @@ def longer(config: ConfigDict, main: pathlib.Path) -> None:
     del main
     stages = config.stages
     stages.sft.config.train.steps = round(1.2 * stages.sft.config.train.steps)
-    stages.evaluation.config.reward.init_from = ""
+    stages.evaluation.config.reward = dict(init_from="", sources=dict())
     stages.evaluation.config.reference = ""
     del stages.evaluation.config.policies.policy
     config.order = ("sft", "evaluation")
@@ -66,6 +66,8 @@ def low_kl(config: ConfigDict, main: pathlib.Path) -> None:
     for section in (*stages.policy.config.rewards.values(), stages.evaluation.config.reward):
         if "init_from" in section:
             section.init_from = str(main / "reward")
+    for source in stages.evaluation.config.reward.sources.values():
+        source.name = source.name.replace("{workdir}", str(main))
     stages.policy.config.algorithm.kl_coef *= 0.1
     stages.evaluation.config.policies.sft.init_from = str(main / "sft")
     config.order = ("policy", "evaluation")

@@ -99,6 +99,7 @@ ensure_vm() {
         ((recreate)) || fail "$name is $found; --recreate deletes it and asks for a new one"
         echo "$name is $found: deleting it"
         delete
+        created=0
         continue
         ;;
       STOPPED | STOPPING | HIDDEN | HIDING)

@@ -62,6 +62,8 @@ check_start() {
   [[ $workdir != *://* ]] \
     || refuse "--workdir $workdir is no path: mount the bucket on all workers and name the folder"
   [[ $workdir == /* ]] || refuse "--workdir $workdir must be absolute: a path on the workers"
+  [[ $workdir/ != */rlhf_jax/code/* ]] \
+    || refuse "--workdir $workdir lies in the shipped code, which every start replaces"
   place_config
 }
 

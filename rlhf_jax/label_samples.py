@@ -24,13 +24,13 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from rlhf_jax import label_scores, program, run_folder
-from rlhf_jax.data.arithmetic import label_solution
+from rlhf_jax.data.arithmetic import Options, label_solution, well_formed
 from rlhf_jax.judge import check_judge, make_judge
 from rlhf_jax.label_shuffle import shuffled
 from rlhf_jax.policy_sampler import PolicySampler
 from rlhf_jax.text.steps import split_steps
 from rlhf_jax.training.keys import Purpose
-from rlhf_jax.training.writer import write_json
+from rlhf_jax.training.writer import write_json, write_text
 from rlhf_jax.types import Rollouts
 
 Rows = dict[str, list[dict[str, Any]]]  # lines by file
@@ -55,9 +55,13 @@ def check(prompt: str, question: str, completion: str, ended: bool, modulus: int
 
 
 def pairs(group: list[Sample], limit: int, rng: random.Random) -> Iterator[tuple[Sample, Sample]]:
-    """Up to ``limit`` pairs of a right and a wrong sample that both ended, each text once."""
-    right = {sample.completion: sample for sample in group if sample.correct}
-    wrong = {s.completion: s for s in group if s.ended and not s.correct}
+    """Up to ``limit`` pairs of a right and a wrong sample, each text once.
+
+    Both ended by themselves and are well-formed: a pair asks for the arithmetic, not for the form.
+    """
+    fit = [sample for sample in group if sample.ended and well_formed(sample.completion)]
+    right = {sample.completion: sample for sample in fit if sample.correct}
+    wrong = {sample.completion: sample for sample in fit if not sample.correct}
     both = [(a, b) for a in right.values() for b in wrong.values()]
     yield from rng.sample(both, min(limit, len(both)))
 
@@ -103,7 +107,7 @@ def check_config(config: ConfigDict) -> None:
 def by_checker(config: ConfigDict, sampler: PolicySampler) -> Labeller:
     """Labels of the data set's exact checker: correctness, pairs and steps."""
     rng, limit = random.Random(config.seed), config.label.pairs
-    modulus = config.data.options.modulus
+    modulus = Options(**config.data.get("options", {})).modulus
 
     def label(rollouts: Rollouts) -> Iterator[Rows]:
         for group in sampler.decode(rollouts):
@@ -179,9 +183,9 @@ def counts(rows: Rows) -> dict[str, Any]:
 
 
 def write_lines(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
-    """One JSON object per line; process 0 writes."""
+    """One JSON object per line, all of them or no file; process 0 writes."""
     if jax.process_index() == 0:
-        path.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
+        write_text(path, "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

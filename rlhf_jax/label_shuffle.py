@@ -5,6 +5,7 @@ the labels (as in the randomisation test of Zhang et al., 2017, https://arxiv.or
 """
 
 import random
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,4 +40,9 @@ def _deal(lines: Lines, rng: random.Random) -> Lines:
 
 
 def _exchange(line: dict[str, Any]) -> dict[str, Any]:
-    return line | {"chosen": line["rejected"], "rejected": line["chosen"]}
+    """The two sides of a pair with all that is said of each, such as ``chosen_truncated``."""
+    other = {"chosen": "rejected", "rejected": "chosen"}
+    return {
+        re.sub("^(chosen|rejected)", lambda side: other[side[0]], field): value
+        for field, value in line.items()
+    }

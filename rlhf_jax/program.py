@@ -172,7 +172,8 @@ def disk_fault(error: OSError) -> OSError | None:
     if error.errno not in _DISK:
         return None
     where = f"{error.filename}: " if error.filename else ""
-    return OSError(f"{where}{error.strerror}; make room, then start the same command again")
+    mend = "make it writable" if error.errno in (errno.EROFS, errno.EIO) else "make room"
+    return OSError(f"{where}{error.strerror}; {mend}, then start the same command again")
 
 
 @contextlib.contextmanager

@@ -10,11 +10,8 @@ import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
-import matplotlib
-
-matplotlib.use("agg")  # files only: no display is asked for
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 Rows = Sequence[Mapping[str, float | None]]
@@ -90,8 +87,9 @@ def draw(
         stages: the policies that were evaluated, in the order of the picture.
     """
     trained, gold = reward_columns(rewards)
-    figure, panels = plt.subplots(2, 3, figsize=(14, 7.5), layout="constrained")
-    places = iter(panels.flat)
+    # Without pyplot: no display is asked for, and a notebook's own figures are left alone.
+    figure = Figure(figsize=(14, 7.5), layout="constrained")
+    places = iter(figure.subplots(2, 3).flat)
     _lines(next(places), rows, trained, "reward that trains")
     if gold:
         _lines(next(places), rows, gold, f"gold: {', '.join(gold)} (trains nothing)")
@@ -101,7 +99,6 @@ def draw(
     for rest in places:
         rest.set_axis_off()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def report(folder: pathlib.Path, stages: Mapping[str, ConfigDict]) -> pathlib.Path | None:

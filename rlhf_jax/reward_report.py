@@ -15,6 +15,7 @@ from rlhf_jax.models.transformer import decoder
 from rlhf_jax.ops.reward_metrics import (
     auc,
     balanced_accuracy,
+    bootstrap_interval,
     pair_accuracy,
     pair_correct,
     wilson_interval,
@@ -91,7 +92,8 @@ def _correctness(batches: Iterator[Labelled], score, heads: Mapping[str, str]) -
         found = last_scores(score(batch.texts, heads["outcome_head"]), batch.texts)
         for value, into in ((found, scores), (batch.label, labels)):
             into.append(fetch_host(value))
-    return {"outcome_model/correctness_auc": auc(np.concatenate(scores), np.concatenate(labels))}
+    by_text = [np.concatenate(many)[:, None] for many in (scores, labels)]
+    return _with_interval("outcome_model/correctness_auc", auc, *by_text)
 
 
 def _steps(batches: Iterator[Steps], score, heads: Mapping[str, str]) -> dict[str, float]:
@@ -99,15 +101,22 @@ def _steps(batches: Iterator[Steps], score, heads: Mapping[str, str]) -> dict[st
     for batch in batches:
         found = score(batch.texts, heads["process_head"])
         found, wanted, ends = fetch_host((found, batch.labels, batch.step_ends & batch.texts.mask))
-        scores.append(found[ends])
-        labels.append(wanted[ends])
-    scores, labels = np.concatenate(scores), np.concatenate(labels)
-    share = float(np.mean(labels > 0.5))
+        for row, kept in enumerate(ends):
+            scores.append(found[row, kept])
+            labels.append(wanted[row, kept])
+    share = float(np.mean(np.concatenate(labels) > 0.5))
     return {
-        "process_model/step_auc": auc(scores, labels),
-        "process_model/balanced_accuracy": balanced_accuracy(scores, labels),
+        **_with_interval("process_model/step_auc", auc, scores, labels),
+        **_with_interval("process_model/balanced_accuracy", balanced_accuracy, scores, labels),
         "process_model/majority_rate": max(share, 1 - share),
     }
+
+
+def _with_interval(name: str, statistic, scores, labels) -> dict[str, float]:
+    """A statistic of scores and labels, an array for each text, and its 95 % interval."""
+    low, high = bootstrap_interval(statistic, scores, labels)
+    value = statistic(np.concatenate(scores), np.concatenate(labels))
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 
 _KINDS = {"pairs": _pairs, "correctness": _correctness, "steps": _steps}

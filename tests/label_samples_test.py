@@ -36,6 +36,12 @@ def test_pairs_are_right_against_wrong_of_one_problem():
     assert not list(pairs([sample(RIGHT)] * 2, 4, random.Random(0)))
 
 
+def test_a_pair_has_two_well_formed_sides():
+    group = [sample(RIGHT), sample("37+8=35"), sample("37+8=3\n5\n#### 35"), sample("#### 4 5")]
+    assert not list(pairs(group, 10, random.Random(0)))
+    assert len(rows_of(group, 10, random.Random(0))["correctness"]) == 4
+
+
 def test_rows_have_the_fields_that_training_reads():
     rows = rows_of([sample(RIGHT), sample(SLIPPED)], 4, random.Random(0))
     assert rows["pairs"] == [

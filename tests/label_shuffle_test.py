@@ -38,3 +38,15 @@ def test_held_out_labels_stay_true_and_the_input_is_not_changed():
     rows = make_rows()
     assert shuffled(rows, random.Random(0))["held_out_pairs"] == rows["held_out_pairs"]
     assert rows == make_rows()
+
+
+def test_what_is_said_of_a_side_goes_with_it():
+    lines = [
+        {"chosen": "a", "chosen_truncated": True, "rejected": "b", "rejected_truncated": False}
+        for _ in range(50)
+    ]
+    found = shuffled({"pairs": lines}, random.Random(0))["pairs"]
+    assert {line["chosen"] for line in found} == {"a", "b"}
+    for line in found:
+        assert line["chosen_truncated"] == (line["chosen"] == "a")
+        assert line["rejected_truncated"] == (line["rejected"] == "a")

@@ -350,7 +350,7 @@ error_of(lambda: PromptSource(
 """
 # All that setup.py lists under extras, and what an extra of a dependency would bring.
 ABSENT = (
-    *("beartype", "ipykernel", "matplotlib", "nbclient", "pytest", "sentencepiece"),
+    *("beartype", "ipykernel", "nbclient", "pytest", "sentencepiece"),
     *("tensorflow", "torch"),
 )
 

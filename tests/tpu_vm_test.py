@@ -139,6 +139,7 @@ CREATE = ("tpu_vm_create.sh", "--name=a", "--zone=z", "--type=v4-32")
         ([*RUN, "--config=configs"], "no file configs"),
         ([*RUN, "--workdir=gs://bucket/run"], "mount the bucket"),
         ([*RUN, "--workdir=runs/a"], "must be absolute"),
+        ([*RUN, "--workdir=/home/me/rlhf_jax/code/runs/a"], "every start replaces"),
         ([*RUN, "--stop", "--logs"], "--stop and --logs together"),
         (RUN[:4], "--workdir is missing"),
         ([*RUN[:3], "--workdir=/w"], "--config is missing"),

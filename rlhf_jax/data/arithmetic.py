@@ -35,6 +35,7 @@ ALPHABET = "\n #*+-0123456789="
 SPLITS = ("train", "test")
 TEST_SHARE = 8  # one problem in so many belongs to the test split
 
+_LINE, _ANSWER = re.compile(r"[0-9]+[-+*][0-9]+=[0-9]+"), re.compile(r"#### [0-9]+")
 _OPERATION = re.compile(r"([-+*])([0-9]+)")
 
 
@@ -179,6 +180,17 @@ def label_solution(
     answer = completion.rpartition("####")[2].partition("\n")[0].strip()
     stated = "####" in completion and re.fullmatch("-?[0-9]+", answer, re.ASCII)
     return bool(stated) and int(answer) == int(truth[-1].removeprefix("####")), tuple(labels)
+
+
+def well_formed(completion: str) -> bool:
+    """Whether every line but the last is an operation with a result and the last an answer.
+
+    Example:
+        >>> well_formed("37+8=35\\n#### 35"), well_formed("37+8=45")
+        (True, False)
+    """
+    *lines, last = completion.split("\n")
+    return bool(_ANSWER.fullmatch(last)) and all(map(_LINE.fullmatch, lines))
 
 
 def problem_at(index: int, options: Options) -> Problem:

@@ -5,11 +5,12 @@ On the host, in float64: these read a whole evaluation set, not a batch. The exc
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Shaped
+from scipy import stats
 
 from rlhf_jax.types import Array
 
@@ -103,6 +104,41 @@ def wilson_interval(
     reach = deviations * math.sqrt(share * (1 - share) / total + square / (4 * total**2))
     scale = 1 + square / total
     return max(0.0, (centre - reach) / scale), min(1.0, (centre + reach) / scale)
+
+
+def bootstrap_interval(
+    statistic: Callable[[np.ndarray, np.ndarray], float],
+    scores: Sequence[Shaped[np.ndarray, " S"]],
+    labels: Sequence[Shaped[np.ndarray, " S"]],
+    *,
+    resamples: int = 300,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """The 95 % interval of ``statistic(scores, labels)`` by the percentile bootstrap over texts.
+
+    Efron 1979, https://doi.org/10.1214/aos/1176344552. Whole texts are drawn, because the steps
+    of one text depend on each other.
+
+    Args:
+        scores, labels: one array for each text, with a number for each of its S steps.
+        resamples: how often texts are drawn anew, with replacement.
+        seed: the same numbers give the same interval.
+    """
+
+    def drawn(index):
+        return statistic(
+            np.concatenate([scores[i] for i in index]), np.concatenate([labels[i] for i in index])
+        )
+
+    found = stats.bootstrap(
+        (np.arange(len(scores)),),
+        drawn,
+        n_resamples=resamples,
+        vectorized=False,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def mean_interval(

@@ -43,12 +43,21 @@ def plain(value: Any) -> Any:
 
 def write_json(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
     """Writes a JSON file with sorted keys, whole or not at all."""
+    text = json.dumps(plain(content), indent=2, sort_keys=True, allow_nan=False) + "\n"
+    write_text(path, text)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a file whole or not at all.
+
+    Raises:
+        OSError: naming the file.
+    """
     path = pathlib.Path(path)
     draft = path.with_name(f"{path.name}.tmp")
-    text = json.dumps(plain(content), indent=2, sort_keys=True, allow_nan=False) + "\n"
     try:
         with _naming(draft):
-            draft.write_text(text)
+            draft.write_text(text, encoding="utf-8")
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)  # what a full disk left of it

@@ -86,3 +86,18 @@ def test_mean_interval_by_hand_and_its_coverage():
     assert 0.91 < np.mean([low < 5 < high for _, low, high in draws]) < 0.98
     with pytest.raises(ValueError, match="1 values have no interval"):
         rm.mean_interval(np.ones(1))
+
+
+def test_bootstrap_covers_the_truth_and_respects_texts():
+    rng = np.random.default_rng(0)
+    inside = 0
+    for seed in range(40):
+        labels = [rng.integers(0, 2, size=1) for _ in range(60)]
+        scores = [rng.normal(size=1) + label for label in labels]
+        low, high = rm.bootstrap_interval(rm.auc, scores, labels, resamples=100, seed=seed)
+        inside += low <= 0.7602 <= high  # P(N(1, 1) > N(0, 1)) = Phi(1 / sqrt 2)
+    assert inside >= 33
+    # Steps that only repeat each other do not make an interval narrower.
+    twice = [np.repeat(x, 5) for x in scores], [np.repeat(x, 5) for x in labels]
+    repeated = rm.bootstrap_interval(rm.auc, *twice, resamples=100, seed=39)
+    assert repeated == pytest.approx((low, high))

@@ -1,8 +1,9 @@
 """What the programs share that write pages of results: reading summaries, Markdown tables."""
 
+import datetime
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Numbers = Mapping[str, Any]
@@ -32,7 +33,13 @@ def interval(numbers: Numbers, name: str, digits: int = 3) -> str:
     return f"{value} ({numbers[f'{name}_low']:.{digits}f} to {numbers[f'{name}_high']:.{digits}f})"
 
 
-def date_and_versions(summary: Numbers) -> str:
-    """ "2026-11-21, 1 x cpu, Python 3.11.7, jax 0.10.2" of a run's summary."""
+def machine_and_versions(summary: Numbers) -> str:
+    """ "1 x cpu, Python 3.11.7, jax 0.10.2" of a run's summary."""
     versions = summary["versions"]
     return f"{summary['devices']}, Python {summary['python']}, jax {versions['jax']}"
+
+
+def last_day(paths: Iterable[pathlib.Path]) -> datetime.date:
+    """The day (UTC) on which the newest of these files was written."""
+    last = max(path.stat().st_mtime for path in paths)
+    return datetime.datetime.fromtimestamp(last, datetime.UTC).date()

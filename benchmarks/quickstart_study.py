@@ -90,8 +90,8 @@ def config_of(run: Run, workdir: pathlib.Path, small: bool) -> ConfigDict:
 
 def runs_of(seeds: Sequence[int]) -> list[Run]:
     """What there is to run, in order; one low_kl, which is for looking at."""
-    every = [Run(kind, seed) for seed in seeds for kind in ("main", "longer", "shuffled")]
-    return [*every, Run("low_kl", seeds[0])]
+    every = {kind: [Run(kind, seed) for seed in seeds] for kind in KINDS}
+    return [*every["main"], *every["low_kl"][:1], *every["shuffled"], *every["longer"]]
 
 
 def run_all(runs: Sequence[Run], workdir: pathlib.Path, small: bool) -> None:

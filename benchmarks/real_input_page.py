@@ -1,11 +1,10 @@
 """docs/results/real_input.md from the summaries of `benchmarks.real_input`: no number by hand."""
 
-import datetime
 import pathlib
 import textwrap
 from collections.abc import Sequence
 
-from benchmarks.pages import Numbers, interval, read, read_lines, table
+from benchmarks.pages import Numbers, interval, last_day, read, read_lines, table
 
 EDGE = 5  # steps at the beginning and the end of a run over which a metric is averaged
 JUDGED = {True: "right", False: "wrong"}
@@ -171,12 +170,11 @@ def facts(workdir: pathlib.Path) -> str:
     found = {name: read(path) for name, path in sorted(paths.items())}
     total = sum(one["seconds"] for one in found.values())
     each = ", ".join(f"{name} {one['seconds']:.0f}" for name, one in found.items())
-    last = max(path.stat().st_mtime for path in paths.values())
-    date = datetime.datetime.fromtimestamp(last, datetime.UTC).date()
     one = next(iter(found.values()))
     versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
+    day = last_day(paths.values())
     return (
-        f"{date}, {one['devices']}, Python {one['python']}, {versions}. Seconds: {each}; "
+        f"{day}, {one['devices']}, Python {one['python']}, {versions}. Seconds: {each}; "
         f"{total / 60:.0f} minutes in all."
     )
 
@@ -188,6 +186,11 @@ def page(workdir: pathlib.Path, command: str) -> str:
     {command}
 
 {paragraph(facts(workdir) + " Written by that command; run again, it goes on where it stopped.")}
+
+The folder `--data` holds `tiny_models/stories260K` (karpathy/tinyllamas), `ukp_convarg1` (UKPLab,
+acl2016-convincing-arguments, CC BY 4.0), `hh_rlhf` (anthropics/hh-rlhf, MIT) and `gsm8k`
+(openai/grade-school-math, MIT) as `train.jsonl.gz` and `test.jsonl.gz`, and
+`tokenizers/gpt2/tokenizer.json.gz`.
 
 {stories(workdir / "stories")}
 

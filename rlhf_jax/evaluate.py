@@ -10,7 +10,7 @@ those of the policy ``reference`` (KL in nats per completion). Reward models: pa
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,15 +18,17 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_jax import program, reward_report, run_folder
+from rlhf_jax import build, program, reward_report, roles, run_folder
 from rlhf_jax.compile_watch import CompileWatch
+from rlhf_jax.fit import check_rows
 from rlhf_jax.label_samples import write_lines
 from rlhf_jax.mesh import fetch_host
 from rlhf_jax.ops.masking import masked_sum
 from rlhf_jax.ops.reward_metrics import mean_interval, wilson_interval
-from rlhf_jax.policy_sampler import PolicySampler
+from rlhf_jax.policy_sampler import PolicySampler, check_problems, of_policy
 from rlhf_jax.rewards.exact_match import is_exact
 from rlhf_jax.sampling.methods import make_sampling
+from rlhf_jax.schema import closest, within
 from rlhf_jax.training.keys import Purpose
 from rlhf_jax.training.writer import write_json
 
@@ -108,6 +110,48 @@ def print_table(numbers: Mapping[str, float]) -> None:
     Console().print(table)
 
 
+def check_config(config: ConfigDict) -> None:
+    """Raises a ValueError for what cannot be evaluated; opens nothing."""
+    origin = config.get("reference", "")
+    if origin and origin not in config.policies:
+        known = ", ".join(config.policies)
+        raise ValueError(f"reference={origin!r}; wanted one of policies ({known}) or empty")
+    if origin and config.problems < 2:
+        raise ValueError(
+            f"problems={config.problems}; wanted 2 or more, for an interval of the KL to "
+            f"reference={origin!r}"
+        )
+    for mode in config.modes:
+        if mode not in _MODES:
+            near = closest(mode, _MODES)
+            raise ValueError(f"modes names {mode!r}{near}; known: {', '.join(_MODES)}")
+    if config.reward.init_from:
+        for label, section in config.reward.sources.items():
+            build.check_source(f"reward.sources.{label}", section, tuple(reward_report.KINDS))
+
+
+def check_reward(
+    config: ConfigDict, later: Callable[[ConfigDict], bool] = lambda section: False
+) -> None:
+    """Looks at the folder and the sources that the report on a reward model will read.
+
+    Args:
+        later: whether a source names what an earlier stage of a pipeline will write.
+
+    Raises:
+        ValueError: naming the folder or the source, and file and line where it is a file.
+    """
+    if not config.reward.init_from:
+        return
+    text = build.tokenizer(config)
+    with within("reward.init_from"):
+        run_folder.read_models(config.reward.init_from)
+    for label, section in config.reward.sources.items():
+        if not later(section):
+            path = f"reward.sources.{label}"
+            check_rows(path, section, build.examples(path, section, text, config.seed))
+
+
 def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
     """Evaluates what ``config.policies`` and ``config.reward`` name; returns the numbers.
 
@@ -115,20 +159,15 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
         ValueError: for bad input, before any device is touched.
     """
     started = time.time()
+    check_config(config)
+    check_reward(config)
+    roles.check_start("reward", config.reward.init_from)
     origin = config.get("reference", "")
-    if origin and origin not in config.policies:
-        known = ", ".join(config.policies)
-        raise ValueError(f"reference={origin!r}; wanted one of policies ({known}) or empty")
     samplers = {}
     for stage in sorted(config.policies, key=lambda name: name != origin):  # what all start from
-        own = config.copy_and_resolve_references()
-        own.model.init_from = config.policies[stage].init_from
-        samplers[stage] = PolicySampler(own, Purpose.EVALUATE)
-        if len(samplers[stage]) < config.problems:
-            raise ValueError(
-                f"problems={config.problems} but data.split={config.data.split!r} has "
-                f"{len(samplers[stage])}"
-            )
+        own = of_policy(config, stage)
+        samplers[stage] = PolicySampler(own, Purpose.EVALUATE, f"policies.{stage}")
+        check_problems("problems", config.problems, samplers[stage])
     folder = run_folder.prepare(workdir, config, {})
     rows = [
         row

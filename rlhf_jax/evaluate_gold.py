@@ -5,8 +5,10 @@
 K samples of each of M held-out prompts for every policy of ``policies``, scored by the reward of
 ``gold``, which needs no model. Beside the means stand what each policy gained over
 ``reference`` on the same prompts and how far it went from it, all with 95 % intervals over
-prompts, because the samples of one prompt depend on each other. Every completion goes to
-evaluation.jsonl; a table is printed.
+prompts, because the samples of one prompt depend on each other. How far it went is the KL in nats
+per completion; it is left out where ``rollout.sampling`` is not as the policy itself draws
+(temperature 1, nothing truncated), because such samples do not measure it. Every completion goes
+to evaluation.jsonl; a table is printed.
 """
 
 import time
@@ -18,14 +20,14 @@ import numpy as np
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from rlhf_jax import program, run_folder
+from rlhf_jax import build, program, run_folder
 from rlhf_jax.evaluate import print_table
 from rlhf_jax.judge import Judge, check_judge, make_judge
 from rlhf_jax.label_samples import write_lines
 from rlhf_jax.mesh import fetch_host
 from rlhf_jax.ops.masking import masked_sum
 from rlhf_jax.ops.reward_metrics import mean_interval
-from rlhf_jax.policy_sampler import PolicySampler
+from rlhf_jax.policy_sampler import PolicySampler, check_problems, of_policy
 from rlhf_jax.training.keys import Purpose
 from rlhf_jax.training.writer import write_json
 
@@ -35,23 +37,23 @@ class Found(NamedTuple):
 
     rows: list[dict[str, Any]]
     gold: Float[np.ndarray, "M K"]
-    kl: Float[np.ndarray, "M K"]  # log policy - log reference of the completion, in nats
     length: Float[np.ndarray, "M K"]  # tokens
+    kl: Float[np.ndarray, "M K"] | None = None  # log policy - log reference of each, in nats
 
 
 def judged(
-    stage: str, sampler: PolicySampler, reference: PolicySampler, judge: Judge, problems: int
+    stage: str, sampler: PolicySampler, reference: PolicySampler | None, judge: Judge, problems: int
 ) -> Found:
-    """Samples, scores and reads the completions of one policy."""
+    """Samples, scores and reads the completions of one policy; without reference there is no KL."""
     rows, batches = [], []
     for first, rollouts in sampler.batches(problems):
         kept = problems - first
-        gap = sampler.logprobs(rollouts) - reference.logprobs(rollouts)
-        kl = fetch_host(masked_sum(gap, rollouts.mask, axis=-1))
-        length = fetch_host(rollouts.mask.sum(-1)).astype(np.float32)
-        gold = judge(rollouts)
+        found = [judge(rollouts), fetch_host(rollouts.mask.sum(-1)).astype(np.float32)]
+        if reference is not None:
+            gap = sampler.logprobs(rollouts) - reference.logprobs(rollouts)
+            found.append(fetch_host(masked_sum(gap, rollouts.mask, axis=-1)))
         k = rollouts.group_size
-        batches.append([x.reshape(-1, k)[:kept] for x in (gold, kl, length)])
+        batches.append([x.reshape(-1, k)[:kept] for x in found])
         for group, scores in zip(sampler.decode(rollouts), batches[-1][0], strict=False):
             rows += list(_lines(stage, group, scores))
     return Found(rows, *(np.concatenate(parts) for parts in zip(*batches, strict=True)))
@@ -80,13 +82,14 @@ def numbers_of(found: Mapping[str, Found], reference: str) -> dict[str, float]:
         add(f"{stage}/gold", one.gold)
         if stage != reference:
             add(f"{stage}/gold_gain", one.gold - found[reference].gold)
-            add(f"{stage}/kl", one.kl)
+            if one.kl is not None:
+                add(f"{stage}/kl", one.kl)
         add(f"{stage}/length", one.length)
     return numbers
 
 
 def check_config(config: ConfigDict) -> None:
-    """Raises a ValueError for what cannot be evaluated."""
+    """Raises a ValueError for what cannot be evaluated; opens nothing."""
     if config.reference not in config.policies:
         raise ValueError(
             f"reference={config.reference!r}; wanted one of policies: {', '.join(config.policies)}"
@@ -104,18 +107,18 @@ def evaluate_gold(config: ConfigDict, workdir: str) -> dict[str, float]:
     """
     started = time.time()
     check_config(config)
-    samplers = {}
-    for stage, section in config.policies.items():
-        own = config.copy_and_resolve_references()
-        own.model.init_from = section.init_from
-        samplers[stage] = PolicySampler(own, Purpose.EVALUATE)
+    samplers = {
+        stage: PolicySampler(of_policy(config, stage), Purpose.EVALUATE, f"policies.{stage}")
+        for stage in config.policies
+    }
     reference = samplers[config.reference]
-    if len(reference) < config.problems:
-        raise ValueError(f"problems={config.problems} but data has {len(reference)}")
+    check_problems("problems", config.problems, reference)
     judge = make_judge("gold", config.gold, reference)
+    sampling = build.sampling(config.rollout.sampling)
+    plain = sampling.temperature == 1 and not sampling.truncates
     folder = run_folder.prepare(workdir, config, {})
     found = {
-        stage: judged(stage, sampler, reference, judge, config.problems)
+        stage: judged(stage, sampler, reference if plain else None, judge, config.problems)
         for stage, sampler in samplers.items()
     }
     write_lines(folder / "evaluation.jsonl", [row for one in found.values() for row in one.rows])

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from rlhf_jax import program, run_folder
+from rlhf_jax import program, run_folder, sections
 from rlhf_jax.evaluate import evaluate, print_table
 from rlhf_jax.evaluate_gold import evaluate_gold
 from rlhf_jax.label_samples import label_samples
@@ -90,6 +90,7 @@ def pipeline(config: ConfigDict, workdir: str) -> dict[str, Any]:
         ValueError: for bad input.
     """
     started = time.time()
+    sections.check("pipeline", config)
     stages = check(config)
     run_folder.check_workdir(workdir, config)
     done = finished(pathlib.Path(workdir), stages)

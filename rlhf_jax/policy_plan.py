@@ -4,7 +4,7 @@ All checks happen here, before a device holds anything.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
@@ -25,7 +25,8 @@ from rlhf_jax.types import Algorithm, Sampling, TokenTables
 
 class PolicyPlan(NamedTuple):
     """The static side of a run. ``described`` holds the model configs by role: "policy",
-    "value" where there is one, and "reward/<label>" for learned rewards."""
+    "value" where there is one, and "reward/<label>" for learned rewards. ``prompts`` is None, and
+    ``extra`` lacks rows, where an earlier stage has yet to write them."""
 
     config: ConfigDict
     mesh: Mesh
@@ -34,7 +35,7 @@ class PolicyPlan(NamedTuple):
     sampling: Sampling
     tokenizer: Tokenizer
     tables: TokenTables
-    prompts: PromptSource
+    prompts: PromptSource | None
     extra: Mapping[str, ExampleSource]
     described: Mapping[str, ModelConfig]
     models: Models
@@ -42,11 +43,17 @@ class PolicyPlan(NamedTuple):
     optimizers: Mapping[str, Any]
 
 
-def make_plan(config: ConfigDict, *, starts: bool = True) -> PolicyPlan:
+def make_plan(
+    config: ConfigDict,
+    *,
+    starts: bool = True,
+    later: Callable[[ConfigDict], bool] = lambda section: False,
+) -> PolicyPlan:
     """Checks ``config`` and builds all that needs no parameters.
 
     Args:
         starts: whether the folders that roles start from hold parameters already.
+        later: whether a data section names what an earlier stage of a pipeline will write.
 
     Raises:
         ValueError: for whatever in the config cannot work; names the field.
@@ -61,16 +68,20 @@ def make_plan(config: ConfigDict, *, starts: bool = True) -> PolicyPlan:
     if starts:
         check_starts(config, described)
     made_optimizers = optimizers(config, [role for role in ("policy", "value") if role in made])
-    prompts = build.prompts(config, text)  # reads every record, so after what is quick to see
+    # Reads every record, so after what is quick to see.
+    prompts = None if later(config.data) else build.prompts(config, text)
     reference = dataclasses.replace(described["policy"], lora_rank=0, score_heads=())
     models = Models(
         policy=made["policy"],
         value=made.get("value"),
         reference=decoder(reference, rules) if algorithm.needs.reference else None,
     )
+    for name in algorithm.needs.extra:
+        build.check_source(f"extra.{name}", config.extra[name])
     extra = {
         name: build.examples(f"extra.{name}", config.extra[name], text, config.seed)
         for name in algorithm.needs.extra
+        if not later(config.extra[name])
     }
     return PolicyPlan(
         config=config,

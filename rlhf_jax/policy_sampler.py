@@ -1,6 +1,6 @@
 """Samples of a trained policy for a range of problems, decoded: for labelling and evaluation."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from typing import Any, NamedTuple
 
 import jax
@@ -43,14 +43,31 @@ class SamplerPlan(NamedTuple):
     described: ModelConfig
 
 
-def plan_sampler(config: ConfigDict) -> SamplerPlan:
+def of_policy(config: ConfigDict, name: str) -> ConfigDict:
+    """The config of an evaluation with the folder of one of its ``policies`` as its model's."""
+    own = config.copy_and_resolve_references()
+    own.model.init_from = config.policies[name].init_from
+    return own
+
+
+def check_problems(path: str, problems: int, prompts: Sized) -> None:
+    """Raises a ValueError for more problems than the data has: none may come twice."""
+    if problems > len(prompts):
+        raise ValueError(f"{path}={problems} but data has {len(prompts)}")
+
+
+def plan_sampler(config: ConfigDict, path: str = "model") -> SamplerPlan:
     """Checks ``config`` and builds all that needs no parameters.
+
+    Args:
+        path: the section in which ``model.init_from`` was named, for messages.
 
     Raises:
         ValueError: naming the field, what it is and what would be right.
     """
-    if not config.model.init_from:
-        raise ValueError("model.init_from is empty; name the run or folder to sample from")
+    folder = config.model.init_from
+    if not folder:
+        raise ValueError(f"{path}.init_from is empty; name the run or folder to sample from")
     text = build.tokenizer(config)
     mesh, rules = build.mesh(config)
     if config.rollout.prompts % batch_shards(mesh, rules):
@@ -60,6 +77,7 @@ def plan_sampler(config: ConfigDict) -> SamplerPlan:
             "mesh.fsdp"
         )
     build.check_sampling(config.rollout.sampling)
+    roles.describe(ConfigDict(dict(init_from=folder)), text.vocab_size, path=path)
     described = roles.describe(config.model, text.vocab_size)
     return SamplerPlan(text, mesh, rules, build.prompts(config, text), described)
 
@@ -68,13 +86,16 @@ class PolicySampler:
     """Draws ``rollout.samples`` completions of each problem of ``data`` with the policy of
     ``model.init_from``, in batches of ``rollout.prompts`` problems.
 
+    Args:
+        path: the section in which ``model.init_from`` was named, for messages.
+
     Raises:
         ValueError: for bad input, before any device is touched.
     """
 
-    def __init__(self, config: ConfigDict, purpose: Purpose):
-        plan = plan_sampler(config)
-        roles.check_start("model", config.model.init_from)
+    def __init__(self, config: ConfigDict, purpose: Purpose, path: str = "model"):
+        plan = plan_sampler(config, path)
+        roles.check_start(path, config.model.init_from)
         self._config, self._purpose = config, purpose
         self.text, self._mesh, self._prompts = plan.text, plan.mesh, plan.prompts
         self._model = decoder(plan.described, plan.rules)

@@ -5,6 +5,7 @@ stage that trains leaves there what its models will be, and stages that start fr
 What is not there yet, parameters and data of earlier stages, is looked at when the stage starts.
 """
 
+import contextlib
 import pathlib
 import re
 import shutil
@@ -14,11 +15,21 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rlhf_jax import build, fit, label_samples, roles, run_folder, sections, train_reward, train_sft
+from rlhf_jax import (
+    evaluate,
+    evaluate_gold,
+    fit,
+    label_samples,
+    roles,
+    run_folder,
+    sections,
+    train_reward,
+    train_sft,
+)
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.policy_plan import make_plan
-from rlhf_jax.policy_sampler import plan_sampler
-from rlhf_jax.schema import closest, within
+from rlhf_jax.policy_sampler import check_problems, of_policy, plan_sampler
+from rlhf_jax.schema import closest, is_ours, within
 
 Later = Callable[[ConfigDict], bool]  # whether a data section names what an earlier stage writes
 _STAGE = re.compile(r"\{workdir\}/([^/]+)")
@@ -48,13 +59,24 @@ def rehearse(stages: Sequence[tuple[str, ConfigDict]], workdir: str, done: Colle
                 if written.is_file():
                     shutil.copy(written, folder)
                 continue
-            with within(f"stages.{name}.config"):
+            with within(f"stages.{name}.config"), _as_written(scratch):
                 sections.check(stage.program, stage.config)
                 _check_order(stage.config.to_dict(), [earlier for earlier, _ in stages[:number]])
                 own = ConfigDict(place(stage.config.to_dict(), scratch))
                 _check_starts(own.to_dict(), scratch)
-                models = _PLANS[stage.program](own, lambda section: scratch in section.name)
+                models = _PLANS[stage.program](own, lambda data: scratch in data.get("name", ""))
             run_folder.write_models(folder, models)
+
+
+@contextlib.contextmanager
+def _as_written(scratch: str) -> Iterator[None]:
+    """Puts ``{workdir}`` back into what is said of bad input."""
+    try:
+        yield
+    except ValueError as error:
+        if scratch not in str(error) or not is_ours(error):
+            raise
+        raise ValueError(str(error).replace(scratch, "{workdir}")) from error
 
 
 def _leaves(values: Any, path: str = "") -> Iterator[tuple[str, str]]:
@@ -82,9 +104,12 @@ def _check_order(values: Mapping[str, Any], earlier: Sequence[str]) -> None:
 
 def _check_starts(values: Mapping[str, Any], scratch: str) -> None:
     """Looks into the folders that are there already and that models start from."""
+    labels = ("policy", *values.get("rewards", ()))  # a value model may start from these
     for path, text in _leaves(values):
         section, _, key = path.rpartition(".")
-        if key == "init_from" and scratch not in text and pathlib.Path(text or "-").is_dir():
+        if key != "init_from" or scratch in text or (section == "value" and text in labels):
+            continue
+        if pathlib.Path(text or "-").is_dir():
             roles.check_start(section, text)
 
 
@@ -99,28 +124,34 @@ def _reward(config: ConfigDict, later: Later) -> Mapping[str, ModelConfig]:
 
 
 def _policy(config: ConfigDict, later: Later) -> Mapping[str, ModelConfig]:
-    if later(config.data):
-        return {}
-    return make_plan(config, starts=False).described
+    return make_plan(config, starts=False, later=later).described
 
 
 def _labels(config: ConfigDict, later: Later) -> Mapping[str, ModelConfig]:
     label_samples.check_config(config)
     if not later(config.data):
-        plan_sampler(config)
+        check_problems("label.problems", config.label.problems, plan_sampler(config).prompts)
     return {}
 
 
 def _evaluation(config: ConfigDict, later: Later) -> Mapping[str, ModelConfig]:
-    for section in config.policies.values() if not later(config.data) else ():
-        own = config.copy_and_resolve_references()
-        own.model.init_from = section.init_from
-        plan_sampler(own)
-    if config.get("reward", {}).get("init_from", ""):
-        run_folder.read_models(config.reward.init_from)
-        for label, section in config.reward.sources.items():
-            build.check_source(f"reward.sources.{label}", section)
+    evaluate.check_config(config)
+    _policies(config, later)
+    evaluate.check_reward(config, later)
     return {}
+
+
+def _gold(config: ConfigDict, later: Later) -> Mapping[str, ModelConfig]:
+    evaluate_gold.check_config(config)
+    _policies(config, later)
+    return {}
+
+
+def _policies(config: ConfigDict, later: Later) -> None:
+    """Plans the sampler of every policy that an evaluation names."""
+    for name in config.policies if not later(config.data) else ():
+        plan = plan_sampler(of_policy(config, name), f"policies.{name}")
+        check_problems("problems", config.problems, plan.prompts)
 
 
 _PLANS: Mapping[str, Callable[[ConfigDict, Later], Mapping[str, ModelConfig]]] = {
@@ -129,5 +160,5 @@ _PLANS: Mapping[str, Callable[[ConfigDict, Later], Mapping[str, ModelConfig]]] =
     "train_policy": _policy,
     "label_samples": _labels,
     "evaluate": _evaluation,
-    "evaluate_gold": _evaluation,
+    "evaluate_gold": _gold,
 }

@@ -31,7 +31,8 @@ def report(config: ConfigDict, watch: CompileWatch) -> dict[str, float]:
 
     A source of kind pairs gives outcome_model/pair_accuracy and the accuracy of "the longer
     wins"; steps give process_model/step_auc, /balanced_accuracy and the majority rate;
-    correctness gives outcome_model/correctness_auc.
+    correctness gives outcome_model/correctness_auc. Intervals are 95 %, over pairs (Wilson) or
+    texts (bootstrap); pairs and texts of one prompt count as independent.
 
     Args:
         watch: counts what is compiled once the batches of a source are warm.
@@ -54,7 +55,7 @@ def report(config: ConfigDict, watch: CompileWatch) -> dict[str, float]:
             def score(texts: Texts, head: str) -> jax.Array:
                 return forward(params, texts)[head]
 
-            numbers |= _KINDS[section.kind](batches, score, heads)
+            numbers |= KINDS[section.kind](batches, score, heads)
     return numbers
 
 
@@ -119,4 +120,4 @@ def _with_interval(name: str, statistic, scores, labels) -> dict[str, float]:
     return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 
-_KINDS = {"pairs": _pairs, "correctness": _correctness, "steps": _steps}
+KINDS = {"pairs": _pairs, "correctness": _correctness, "steps": _steps}

@@ -181,7 +181,15 @@ CASES = [
     # where models start from
     ("train_policy", {"model.init_from": "runs/none"}, "model.init_from='runs/none' is not a fold"),
     ("train_policy", {"rewards.outcome.init_from": "no"}, "rewards.outcome.init_from='no' is not"),
-    ("evaluate", {"policies.sft.init_from": "no"}, "model.init_from='no' is not a folder"),
+    ("evaluate", {"policies.sft.init_from": "no"}, "^policies.sft.init_from='no' is not a folder"),
+    ("evaluate", {"policies.sft.init_from": ""}, "^policies.sft.init_from is empty"),
+    # what would be read or needed only after all sampling
+    ("evaluate", {"modes": ("smaple",)}, "modes names 'smaple'; did you mean 'sample'"),
+    ("evaluate", {"reference": "sfft"}, "reference='sfft'; wanted one of policies .*sft"),
+    ("evaluate", {"problems": 1}, "problems=1; wanted 2 or more, .* reference='sft'"),
+    ("evaluate", {"problems": 10**6}, r"problems=1000000 but data has \d+"),
+    ("evaluate", {"reward.init_from": "no", "reward.sources": {}}, "^reward.init_from: no is not"),
+    ("label_samples", {"label.problems": 10**6}, "label.problems=1000000 but data"),
     # stages that a pipeline would reach much later
     ("pipeline", {"order": ("sft", "sft")}, "name every stage to run, once"),
     ("pipeline", {"stages.policy.program": "train_polcy"}, r"policy.program=.*known: .*train_sft"),
@@ -197,6 +205,28 @@ CASES = [
     ),
     ("pipeline", {"stages.policy.config.rollout.prompts": 3}, "stages.policy.config: rollout.prom"),
     ("pipeline", {"stages.evaluation.config.data.max_prompt": 1}, "evaluation.config: data: "),
+    (
+        "pipeline",
+        {"stages.labels.config.label.problems": 10**6},
+        r"stages.labels.config: label.problems=1000000 but data has 4000",
+    ),
+    (
+        "pipeline",
+        {"stages.evaluation.config.problems": 10**6},
+        r"stages.evaluation.config: problems=1000000 but data has 500",
+    ),
+    ("pipeline", {"stages.evaluation.config.modes": ("smaple",)}, "evaluation.config: modes names"),
+    ("pipeline", {"stages.evaluation.config.reference": "sfft"}, "config: reference='sfft'"),
+    (
+        "pipeline",
+        {"stages.evaluation.config.reward.sources.pairs.kind": "texts"},
+        "evaluation.config: reward.sources.pairs.kind='texts'; .* takes pairs, correctness, steps",
+    ),
+    (
+        "pipeline",
+        {"stages.evaluation.config.policies.sft.init_from": "{workdir}/labels"},
+        r"config: policies.sft.init_from: \{workdir\}/labels .* it holds no model",
+    ),
 ]
 
 

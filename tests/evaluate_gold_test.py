@@ -112,10 +112,18 @@ def test_a_policy_gains_nothing_over_itself_and_stays_where_it_is(policy, tmp_pa
     assert json.loads((tmp_path / "summary.json").read_text())["after/kl"] == 0.0
 
 
+@pytest.mark.parametrize("sampling", [dict(temperature=0.7), dict(top_k=2), dict(min_p=0.1)])
+def test_samples_that_are_not_the_policys_own_measure_no_kl(sampling, policy, tmp_path):
+    config = changed("evaluation", policy, gold=GOLD, problems=4)
+    config.rollout.sampling.update(sampling)
+    numbers = evaluate_gold(config, str(tmp_path))
+    assert "after/gold_gain" in numbers and "after/kl" not in numbers
+
+
 def test_intervals_are_over_prompts_and_the_gain_is_paired():
     zeros = np.zeros((3, 2), np.float32)
-    before = Found([], np.float32([[0, 1], [1, 1], [0, 0]]), zeros, zeros + 4)
-    after = Found([], before.gold + 0.5, zeros + 2, zeros + 5)
+    before = Found([], np.float32([[0, 1], [1, 1], [0, 0]]), zeros + 4, zeros)
+    after = Found([], before.gold + 0.5, zeros + 5, zeros + 2)
     numbers = numbers_of({"before": before, "after": after}, "before")
     assert numbers["before/gold"] == 0.5
     assert numbers["before/gold_high"] == pytest.approx(0.5 + 1.959964 * 0.5 / np.sqrt(3))

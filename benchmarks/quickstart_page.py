@@ -19,6 +19,7 @@ WANTED = """Wanted are: fine-tuning between 30 and 65 % exact, gains of at least
 points (sampling) and 25 (greedy), less than 3 for the controls; a pair accuracy of at least 0.80
 and 10 points above both length rules; a step AUC of at least 0.85 and a balanced accuracy of at
 least 0.80; under 600 seconds and 4 GiB, nothing compiled late."""
+NOT_RUN = "not run"
 MODES = {"sampling": "accuracy", "greedy": "greedy_accuracy"}
 
 
@@ -43,17 +44,17 @@ def accuracy_rows(main: Sequence[Numbers]) -> list[list[str]]:
 
 
 def control_rows(
-    main: Sequence[Numbers], longer: Sequence[Numbers], shuffled: Sequence[Numbers]
+    main: Sequence[Numbers], longer: Sequence[Numbers | None], shuffled: Sequence[Numbers | None]
 ) -> list[list[str]]:
     """What a fifth more fine-tuning gains, and what shuffled labels gain, in points."""
     rows = []
     for mode, name in MODES.items():
-        more = [
-            points(a[f"sft/{name}"] - b[f"sft/{name}"]) for a, b in zip(longer, main, strict=True)
-        ]
+        pairs = zip(longer, main, strict=True)
+        more = [points(a[f"sft/{name}"] - b[f"sft/{name}"]) if a else NOT_RUN for a, b in pairs]
         rows.append([f"20 % more fine-tuning, {mode}", *more])
     for mode, name in MODES.items():
-        rows.append([f"shuffled labels, {mode}", *(gain(n, name) for n in shuffled)])
+        none = [gain(n, name) if n else NOT_RUN for n in shuffled]
+        rows.append([f"shuffled labels, {mode}", *none])
     return rows
 
 
@@ -98,20 +99,28 @@ def over_optimised(folder: pathlib.Path) -> str:
         "KL (`objective/kl_ref`)": "objective/kl_ref",
     }
     rows = [[label, *(f"{x:.3f}" for x in edges(folder, name))] for label, name in names.items()]
-    head = ["metric", f"first {EDGE} iterations", f"best {EDGE} in a row", f"last {EDGE}"]
-    return table(head, rows)
+    head = ["metric", f"first {EDGE} iterations", f"highest {EDGE} in a row", f"last {EDGE}"]
+    low = read(folder / "summary.json")
+    return f"""## A tenth of the KL weight
+
+The first seed's fine-tuned and reward models, PPO with `algorithm.kl_coef` divided by ten. Exact
+answers are logged beside the rewards (a reward of weight 0) and train nothing. On test problems it
+ends at {interval(low, "policy/accuracy")} when sampling and
+{interval(low, "policy/greedy_accuracy")} greedy, {interval(low, "policy/kl", 1)} nats from
+where it started.
+
+{table(head, rows)}"""
 
 
 def page(workdir: pathlib.Path, seeds: Sequence[int], command: str) -> str:
-    """The whole page."""
+    """The whole page. The main runs must be there; controls that are not say so."""
 
-    def found(kind: str) -> list[Numbers]:
-        return [read(workdir / f"{kind}_{seed}" / "summary.json") for seed in seeds]
+    def found(kind: str) -> list[Numbers | None]:
+        paths = [workdir / f"{kind}_{seed}" / "summary.json" for seed in seeds]
+        return [read(path) if path.is_file() or kind == "main" else None for path in paths]
 
-    main, longer, shuffled = found("main"), found("longer"), found("shuffled")
+    main, longer, shuffled = map(found, ("main", "longer", "shuffled"))
     head = ["", *(f"seed {seed}" for seed in seeds)]
-    low_kl = workdir / f"low_kl_{seeds[0]}"
-    low = read(low_kl / "summary.json")
     return f"""# The quickstart: three seeds, controls, and what a smaller KL weight does
 
 {last_day(workdir.glob("*/summary.json"))}, {machine_and_versions(main[0])}. Written by
@@ -150,15 +159,7 @@ four of either, which count as independent.
 
 {table(head, cost_rows(main))}
 
-## A tenth of the KL weight
-
-The first seed's fine-tuned and reward models, PPO with `algorithm.kl_coef` divided by ten. Exact
-answers are logged beside the rewards (a reward of weight 0) and train nothing. On test problems it
-ends at {interval(low, "policy/accuracy")} when sampling and
-{interval(low, "policy/greedy_accuracy")} greedy, {interval(low, "policy/kl", 1)} nats from
-where it started.
-
-{over_optimised(low_kl)}
+{over_optimised(workdir / f"low_kl_{seeds[0]}")}
 
 ![the same with a tenth of the KL weight](quickstart_low_kl.png)
 """

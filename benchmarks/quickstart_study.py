@@ -114,6 +114,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--page", type=pathlib.Path, default="docs/results/quickstart.md")
     parser.add_argument("--one", choices=KINDS, help="only this run of the first seed, no page")
+    parser.add_argument("--page-only", action="store_true", help="write the page of what is done")
     parser.add_argument("--small", action="store_true", help="every run short, for tests")
     args = parser.parse_args()
     if args.one:
@@ -121,12 +122,13 @@ def main() -> None:
         run = Run(args.one, args.seeds[0])
         pipeline(config_of(run, args.workdir, args.small), str(args.workdir / run.name))
         return
-    runs = runs_of(args.seeds)
-    run_all(runs, args.workdir, args.small)
+    if not args.page_only:
+        run_all(runs_of(args.seeds), args.workdir, args.small)
     for name, picture in quickstart_page.FIGURES.items():
         folder = args.workdir / Run(name, args.seeds[0]).name
         shutil.copyfile(folder / "report.png", args.page.parent / picture)
-    command = f"python -m benchmarks.quickstart_study {' '.join(sys.argv[1:])}".rstrip()
+    words = [word for word in sys.argv[1:] if word != "--page-only"]
+    command = f"python -m benchmarks.quickstart_study {' '.join(words)}".rstrip()
     args.page.write_text(quickstart_page.page(args.workdir, args.seeds, command), encoding="utf-8")
     print(f"wrote {args.page}")
 

@@ -1,5 +1,6 @@
 """Counts what is compiled while a loop is at work: a warm loop must compile nothing."""
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -35,11 +36,19 @@ class CompileWatch:
 
     def __init__(self):
         self.after_warmup = 0
+        self._elsewhere = 0
 
     def loop(self, items: Iterable[_Item]) -> Iterator[_Item]:
         """Yields ``items``; what is compiled between two of them belongs to the first."""
         for done, item in enumerate(items):
-            before = _compiled
+            before, self._elsewhere = _compiled, 0
             yield item
             if done >= _WARM_UP:
-                self.after_warmup += _compiled - before
+                self.after_warmup += _compiled - before - self._elsewhere
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """What is compiled inside is not the loop's own, such as a checkpoint's copies."""
+        before = _compiled
+        yield
+        self._elsewhere += _compiled - before

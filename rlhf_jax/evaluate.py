@@ -96,7 +96,7 @@ def divergences(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     return numbers
 
 
-def print_table(numbers: Mapping[str, float]) -> None:
+def print_table(numbers: Mapping[str, float | int]) -> None:
     """The numbers with their intervals, where they have one."""
     table = Table(title="evaluation")
     for column, side in (("what", "left"), ("value", "right"), ("95 % interval", "right")):

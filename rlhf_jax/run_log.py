@@ -120,8 +120,9 @@ class RunLog:
         if not force and step % self._config.checkpoint.every:
             return
         self._write_pending()  # a resumed run continues the log where this state ends
-        if checkpoint.save(self._manager, step, state, self._text, force=True):
-            self._saved = step
+        with self._compiles.pause():
+            if checkpoint.save(self._manager, step, state, self._text, force=True):
+                self._saved = step
 
     def finish(self, steps: int, state: RunState, started: float) -> None:
         """The last checkpoint and summary.json."""

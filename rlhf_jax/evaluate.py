@@ -152,7 +152,7 @@ def check_reward(
             check_rows(path, section, build.examples(path, section, text, config.seed))
 
 
-def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
+def evaluate(config: ConfigDict, workdir: str) -> dict[str, float | int]:
     """Evaluates what ``config.policies`` and ``config.reward`` name; returns the numbers.
 
     Raises:

@@ -99,7 +99,7 @@ def check_config(config: ConfigDict) -> None:
     check_judge("gold", config.gold)
 
 
-def evaluate_gold(config: ConfigDict, workdir: str) -> dict[str, float]:
+def evaluate_gold(config: ConfigDict, workdir: str) -> dict[str, float | int]:
     """Evaluates what ``config.policies`` name; returns the numbers.
 
     Raises:

@@ -14,7 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-Rows = Sequence[Mapping[str, float | None]]
+from rlhf_jax import run_folder
+
+Rows = Sequence[Mapping[str, float | int | None]]
 # Column of metrics.jsonl -> title of its panel.
 _SINGLE = {
     "objective/kl_ref": "KL to the reference (nats per completion)",
@@ -49,7 +51,9 @@ def _lines(axes: Axes, rows: Rows, columns: Mapping[str, str], title: str) -> No
         axes.legend()
 
 
-def _bars(axes: Axes, numbers: Mapping[str, float], stages: Sequence[str], title: str) -> None:
+def _bars(
+    axes: Axes, numbers: Mapping[str, float | int], stages: Sequence[str], title: str
+) -> None:
     """One group of bars per stage, with 95 % intervals."""
     kinds = [e for e in _ENDINGS if any(f"{stage}/{e}" in numbers for stage in stages)]
     width = 0.8 / max(1, len(kinds))
@@ -74,7 +78,7 @@ def draw(
     path: pathlib.Path,
     rows: Rows,
     rewards: Mapping[str, Mapping],
-    numbers: Mapping[str, float],
+    numbers: Mapping[str, float | int],
     stages: Sequence[str],
 ) -> None:
     """Draws rewards, gold, KL and length over iterations and the evaluation per stage.
@@ -113,7 +117,7 @@ def report(folder: pathlib.Path, stages: Mapping[str, ConfigDict]) -> pathlib.Pa
     trained = by_program.get("train_policy")
     if trained is None or judged is None:
         return None
-    numbers = json.loads((folder / judged / "summary.json").read_text(encoding="utf-8"))
+    numbers = run_folder.results(run_folder.read_json(folder / judged / "summary.json"))
     path = folder / "report.png"
     rewards = stages[trained].config.rewards.to_dict()
     config = stages[judged].config

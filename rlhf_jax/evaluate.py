@@ -9,6 +9,7 @@ those of the policy ``reference`` (KL in nats per completion). Reward models: pa
 """
 
 import itertools
+import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -22,8 +23,6 @@ from rlhf_jax import build, program, reward_report, roles, run_folder
 from rlhf_jax.compile_watch import CompileWatch
 from rlhf_jax.fit import check_rows
 from rlhf_jax.label_samples import write_lines
-from rlhf_jax.mesh import fetch_host
-from rlhf_jax.ops.masking import masked_sum
 from rlhf_jax.ops.reward_metrics import mean_interval, wilson_interval
 from rlhf_jax.policy_sampler import PolicySampler, check_problems, of_policy
 from rlhf_jax.rewards.exact_match import is_exact
@@ -52,8 +51,7 @@ def policy_rows(
     for first, rollouts in sampler.batches(problems, sampling):
         gaps: Iterator[float | None] = itertools.repeat(None)
         if reference is not None and temperature:
-            gap = sampler.logprobs(rollouts) - reference.logprobs(rollouts)
-            gaps = iter(fetch_host(masked_sum(gap, rollouts.mask, axis=-1)).tolist())
+            gaps = iter(sampler.log_ratio(reference, rollouts).tolist())
         for group in sampler.decode(rollouts)[: problems - first]:
             # Greedy samples of one prompt are all the same: one is enough.
             for sample in group if temperature else group[:1]:
@@ -108,6 +106,17 @@ def print_table(numbers: Mapping[str, float | int]) -> None:
         interval = "" if low is None else f"{low:.3f} to {high:.3f}"
         table.add_row(name, f"{number:.3f}", interval)
     Console().print(table)
+
+
+def conclude(
+    folder: pathlib.Path, numbers: Mapping[str, float], compiles: int, started: float
+) -> dict[str, float | int]:
+    """Prints the table and writes summary.json, on process 0; returns all numbers."""
+    every = {**numbers, "compiles_after_warmup": compiles}
+    if jax.process_index() == 0:
+        print_table(every)
+        write_json(folder / "summary.json", every | run_folder.closing_facts(started))
+    return every
 
 
 def check_config(config: ConfigDict) -> None:
@@ -188,11 +197,7 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, float | int]:
         watch = CompileWatch()
         numbers |= reward_report.report(config, watch)
         compiles += watch.after_warmup
-    numbers["compiles_after_warmup"] = compiles
-    if jax.process_index() == 0:
-        print_table(numbers)
-        write_json(folder / "summary.json", numbers | run_folder.closing_facts(started))
-    return numbers
+    return conclude(folder, numbers, compiles, started)
 
 
 if __name__ == "__main__":

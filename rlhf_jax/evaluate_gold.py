@@ -15,21 +15,18 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from rlhf_jax import build, program, run_folder
-from rlhf_jax.evaluate import print_table
+from rlhf_jax.evaluate import conclude
 from rlhf_jax.judge import Judge, check_judge, make_judge
 from rlhf_jax.label_samples import write_lines
 from rlhf_jax.mesh import fetch_host
-from rlhf_jax.ops.masking import masked_sum
 from rlhf_jax.ops.reward_metrics import mean_interval
 from rlhf_jax.policy_sampler import PolicySampler, check_problems, of_policy
 from rlhf_jax.training.keys import Purpose
-from rlhf_jax.training.writer import write_json
 
 
 class Found(NamedTuple):
@@ -50,8 +47,7 @@ def judged(
         kept = problems - first
         found = [judge(rollouts), fetch_host(rollouts.mask.sum(-1)).astype(np.float32)]
         if reference is not None:
-            gap = sampler.logprobs(rollouts) - reference.logprobs(rollouts)
-            found.append(fetch_host(masked_sum(gap, rollouts.mask, axis=-1)))
+            found.append(sampler.log_ratio(reference, rollouts))
         k = rollouts.group_size
         batches.append([x.reshape(-1, k)[:kept] for x in found])
         for group, scores in zip(sampler.decode(rollouts), batches[-1][0], strict=False):
@@ -124,11 +120,7 @@ def evaluate_gold(config: ConfigDict, workdir: str) -> dict[str, float | int]:
     write_lines(folder / "evaluation.jsonl", [row for one in found.values() for row in one.rows])
     numbers = numbers_of(found, config.reference)
     compiles = sum(sampler.compiles.after_warmup for sampler in samplers.values())
-    numbers["compiles_after_warmup"] = compiles
-    if jax.process_index() == 0:
-        print_table(numbers)
-        write_json(folder / "summary.json", numbers | run_folder.closing_facts(started))
-    return numbers
+    return conclude(folder, numbers, compiles, started)
 
 
 if __name__ == "__main__":

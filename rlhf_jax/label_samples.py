@@ -27,7 +27,7 @@ from rlhf_jax import label_scores, program, run_folder
 from rlhf_jax.data.arithmetic import Options, label_solution, well_formed
 from rlhf_jax.judge import check_judge, make_judge
 from rlhf_jax.label_shuffle import shuffled
-from rlhf_jax.policy_sampler import PolicySampler
+from rlhf_jax.policy_sampler import PolicySampler, check_problems
 from rlhf_jax.text.steps import split_steps
 from rlhf_jax.training.keys import Purpose
 from rlhf_jax.training.writer import write_json, write_text
@@ -144,11 +144,7 @@ def label_samples(config: ConfigDict, workdir: str) -> dict[str, Any]:
     check_config(config)
     sampler = PolicySampler(config, Purpose.EVALUATE)
     problems = config.label.problems
-    if len(sampler) < problems:
-        raise ValueError(
-            f"label.problems={problems} but data.split={config.data.split!r} has "
-            f"{len(sampler)}: a problem must not come twice"
-        )
+    check_problems("label.problems", problems, sampler)
     label = (by_reward if "reward" in config.label else by_checker)(config, sampler)
     folder = run_folder.prepare(workdir, config, {})
     held_out = round(problems * config.label.held_out)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 from ml_collections import ConfigDict
@@ -16,6 +17,7 @@ from rlhf_jax.mesh import ShardingRules, batch_shards, fetch_host
 from rlhf_jax.models.completions import evaluate_completions
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.transformer import decoder
+from rlhf_jax.ops.masking import masked_sum
 from rlhf_jax.sampling.methods import make_sampling
 from rlhf_jax.sampling.sampler import generate
 from rlhf_jax.text.steps import token_tables
@@ -154,6 +156,12 @@ class PolicySampler:
         of each token in nats, 0 at padding."""
         with jax.set_mesh(self._mesh):
             return self._read(self._load(), rollouts)
+
+    def log_ratio(self, reference: "PolicySampler", rollouts: Rollouts) -> Float[np.ndarray, " B"]:
+        """log policy - log reference of each completion in nats; over own samples of temperature 1
+        its mean is the KL."""
+        gap = self.logprobs(rollouts) - reference.logprobs(rollouts)
+        return fetch_host(masked_sum(gap, rollouts.mask, axis=-1))
 
     def _load(self) -> Params:
         """The policy's parameters; read once."""

@@ -101,10 +101,11 @@ def over_optimised(folder: pathlib.Path) -> str:
     rows = [[label, *(f"{x:.3f}" for x in edges(folder, name))] for label, name in names.items()]
     head = ["metric", f"first {EDGE} iterations", f"highest {EDGE} in a row", f"last {EDGE}"]
     low = read(folder / "summary.json")
+    iterations = len(read_lines(folder / "policy/metrics.jsonl"))
     return f"""## A tenth of the KL weight
 
-The first seed's fine-tuned and reward models, PPO with `algorithm.kl_coef` divided by ten. Exact
-answers are logged beside the rewards (a reward of weight 0) and train nothing. On test problems it
+The first seed's fine-tuned and reward models, PPO with `algorithm.kl_coef` divided by ten, for
+{iterations} iterations, so that one sees where it leads. Exact answers are logged beside the rewards (a reward of weight 0) and train nothing. On test problems it
 ends at {interval(low, "policy/accuracy")} when sampling and
 {interval(low, "policy/greedy_accuracy")} greedy, {interval(low, "policy/kl", 1)} nats from
 where it started.

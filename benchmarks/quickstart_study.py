@@ -60,8 +60,9 @@ def shuffled(config: ConfigDict, main: pathlib.Path) -> None:
 
 
 def low_kl(config: ConfigDict, main: pathlib.Path) -> None:
-    """From the main job's reward model on, a tenth of the KL weight."""
+    """From the main job's reward model on, a tenth of the KL weight and more steps to see it."""
     stages = config.stages
+    stages.policy.config.train.steps = round(2.5 * stages.policy.config.train.steps)
     stages.policy.config.model.init_from = str(main / "sft")
     for section in (*stages.policy.config.rewards.values(), stages.evaluation.config.reward):
         if "init_from" in section:

@@ -19,10 +19,20 @@ def kernel_scale(name: str, width: int) -> float:
     return 0.0 if name == "value" else (width + 1) ** -0.5
 
 
+def has_bias(name: str) -> bool:
+    """Whether a head adds a constant: all but the outcome head do.
+
+    Preferences do not see a constant, and the published form of an outcome model, a sequence
+    classifier with one label, has no place for one.
+    """
+    return name != "outcome"
+
+
 class ScalarHead(nn.Module):
-    """score = w · h + b, in float32 at full precision whatever the compute type."""
+    """score = w · h (+ b), in float32 at full precision whatever the compute type."""
 
     scale: float
+    bias: bool
     param_dtype: str
 
     @nn.compact
@@ -30,11 +40,13 @@ class ScalarHead(nn.Module):
         dtype = jnp.dtype(self.param_dtype)
         width = hidden.shape[-1]
         kernel = self.param("kernel", nn.initializers.normal(self.scale), (width,), dtype)
-        bias = self.param("bias", nn.initializers.zeros, (), dtype)
         # TPU multiplies float32 in bfloat16 by default: rewards would lose 16 bits.
         scores = jnp.matmul(
             hidden.astype(jnp.float32),
             kernel.astype(jnp.float32),
             precision=jax.lax.Precision.HIGHEST,
         )
-        return scores + bias.astype(jnp.float32)
+        if self.bias:
+            bias = self.param("bias", nn.initializers.zeros, (), dtype)
+            scores = scores + bias.astype(jnp.float32)
+        return scores

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from rlhf_jax.mesh import ShardingRules, constrain
 from rlhf_jax.models.blocks import Block, RMSNorm, rope, write_columns
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.models.heads import ScalarHead, kernel_scale
+from rlhf_jax.models.heads import ScalarHead, has_bias, kernel_scale
 from rlhf_jax.types import Array, Cache, ModelOutput, Params
 
 # Logical axes of each leaf by its module and name; leaves of a stacked layer get "layers" first.
@@ -88,7 +88,7 @@ def decoder(config: ModelConfig, rules: ShardingRules = ShardingRules()) -> Mode
     block = Block(config, rules)
     norm = RMSNorm(config.norm_eps, config.param_dtype)
     heads = {
-        name: ScalarHead(kernel_scale(name, config.width), config.param_dtype)
+        name: ScalarHead(kernel_scale(name, config.width), has_bias(name), config.param_dtype)
         for name in config.score_heads
     }
 

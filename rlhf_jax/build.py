@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from rlhf_jax import find
 from rlhf_jax.data.examples import ExampleSource
+from rlhf_jax.data.forms import check_form
 from rlhf_jax.data.preferences import correctness, pairs
 from rlhf_jax.data.prompts import PromptSource
 from rlhf_jax.data.sources import RecordSource, open_source
@@ -30,7 +31,7 @@ from rlhf_jax.types import Algorithm, Needs, Reward, Sampling
 KINDS = {"texts": texts, "pairs": pairs, "correctness": correctness, "steps": step_labels}
 # Keys of a source's section: where its records come from, and what the run does with them.
 _SOURCE = ("name", "split", "data_dir", "options")
-_RUN = ("kind", "weight", "rows", "max_prompt", "tokenizer")
+_RUN = ("kind", "weight", "rows", "max_prompt", "tokenizer", "chat_template", "bos")
 # What a reward's factory gets if it names it among its parameters.
 RESOURCES = ("model", "params", "mesh", "decode", "records", "rows")
 # Keys of a reward's section that wrap the reward; all others go to its factory.
@@ -72,8 +73,11 @@ def member(path: str, shelf: str, section: ConfigDict) -> Callable:
 
 def tokenizer(config: ConfigDict) -> Tokenizer:
     """The tokenizer of ``config.data.tokenizer``."""
+    data = config.data
     with within("data.tokenizer"):
-        return load_tokenizer(config.data.tokenizer)
+        return load_tokenizer(
+            data.tokenizer, chat_template=data.get("chat_template"), bos=data.get("bos")
+        )
 
 
 def source(path: str, section: ConfigDict) -> RecordSource:
@@ -92,6 +96,8 @@ def check_source(path: str, section: ConfigDict, kinds: Sequence[str] = tuple(KI
     values = {k: v for k, v in section.to_dict().items() if k not in (*_SOURCE, *_RUN)}
     ours, others = ("sources", "tokenizer", "seed"), (*_SOURCE, *_RUN)
     check_call(path, KINDS[section.kind], values, given=ours, also=others)
+    with within(path):
+        check_form(section.get("template"), section.get("chat"))
 
 
 def examples(path: str, section: ConfigDict, text: Tokenizer, seed: int) -> ExampleSource:
@@ -113,7 +119,8 @@ def prompts(config: ConfigDict, text: Tokenizer) -> PromptSource:
         return PromptSource(
             [source("data", data)],
             text,
-            template=data.template,
+            template=data.get("template"),
+            chat=data.get("chat"),
             max_prompt=data.max_prompt,
             seed=config.seed,
             shuffle=True,

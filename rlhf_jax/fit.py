@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rlhf_jax import build, roles, run_folder
+from rlhf_jax import base_files, build, roles, run_folder
 from rlhf_jax.data.examples import ExampleSource
 from rlhf_jax.mesh import ShardingRules, batch_shards
 from rlhf_jax.models.config import ModelConfig
@@ -186,6 +186,7 @@ def run(fit: Fit, workdir: str) -> RunState:
     config = fit.config
     roles.check_start("model", config.model.get("init_from", ""))
     folder = run_folder.prepare(workdir, config, {fit.role: fit.described})
+    base_files.keep(folder, config)
     with jax.set_mesh(fit.mesh), RunLog(folder, config) as log:
         state, first = log.restore(create(fit))
         weights = {name: section.weight for name, section in config.sources.items()}

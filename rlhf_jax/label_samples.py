@@ -8,15 +8,16 @@ label), pairs.jsonl (prompt, chosen, rejected: a right and a wrong sample of one
 steps.jsonl (prompt, steps, labels). For any data, ``label.reward`` names a reward that needs no
 model (``dict(name="keywords", ...)``): scores.jsonl (prompt, completion, truncated, score) and
 pairs.jsonl, the higher score chosen, ties and differences below ``label.margin`` left out. A part
-of the problems is held out whole, in files named held_out_*.jsonl. ``label.shuffle=True`` is a
-control: labels for training are dealt out anew at random, held-out ones stay true.
+of the problems is held out whole, in files named held_out_*.jsonl. Where ``data.chat`` names a
+field of messages, lines hold it too. ``label.shuffle=True`` is a control: labels for training are
+dealt out anew at random, held-out ones stay true.
 """
 
 import json
 import pathlib
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -28,9 +29,10 @@ from rlhf_jax.data.arithmetic import Options, label_solution, well_formed
 from rlhf_jax.judge import check_judge, make_judge
 from rlhf_jax.label_shuffle import shuffled
 from rlhf_jax.policy_sampler import PolicySampler, check_problems
+from rlhf_jax.text.chat_template import read_messages
 from rlhf_jax.text.steps import split_steps
 from rlhf_jax.training.keys import Purpose
-from rlhf_jax.training.writer import write_json, write_text
+from rlhf_jax.training.writer import write_json, write_parts
 from rlhf_jax.types import Rollouts
 
 Rows = dict[str, list[dict[str, Any]]]  # lines by file
@@ -123,15 +125,27 @@ def by_reward(config: ConfigDict, sampler: PolicySampler) -> Labeller:
     """Labels from the scores of ``label.reward``: scores and pairs."""
     judge = make_judge("label.reward", config.label.reward, sampler)
     rng, limit = random.Random(config.seed), config.label.pairs
-    margin = config.label.get("margin", 0.0)
+    margin, chat = config.label.get("margin", 0.0), config.data.get("chat")
 
     def label(rollouts: Rollouts) -> Iterator[Rows]:
         scores = iter(judge(rollouts).tolist())
         for group in sampler.decode(rollouts):
             scored = [label_scores.Scored(sample, next(scores)) for sample in group]
-            yield label_scores.rows_of(scored, limit=limit, margin=margin, rng=rng)
+            rows = label_scores.rows_of(scored, limit=limit, margin=margin, rng=rng)
+            yield with_messages(rows, group[0].record, chat)
 
     return label
+
+
+def with_messages(rows: Rows, record: Mapping[str, Any], chat: str | None) -> Rows:
+    """Lines that hold the dialogue of their prompt under ``chat`` too: its text alone, without the
+    special tokens between turns, could not be written by a chat template again."""
+    if chat is None:
+        return rows
+    messages = read_messages(record[chat], chat)
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    return {file: [{**row, chat: messages} for row in lines] for file, lines in rows.items()}
 
 
 def label_samples(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -178,10 +192,14 @@ def counts(rows: Rows) -> dict[str, Any]:
     return numbers
 
 
-def write_lines(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+def write_lines(path: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
     """One JSON object per line, all of them or no file; process 0 writes."""
+    lines = (json.dumps(row, sort_keys=True) + "\n" for row in rows)
     if jax.process_index() == 0:
-        write_text(path, "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
+        write_parts(path, lines)
+    else:
+        for _ in lines:  # what makes the rows may need all processes
+            pass
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from rlhf_jax.data.prompts import PromptSource
 from rlhf_jax.mesh import ShardingRules
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.transformer import decoder
+from rlhf_jax.reward_texts import own_tokenizers, writers
+from rlhf_jax.rewards.translated import Writer
 from rlhf_jax.schema import check_keys
 from rlhf_jax.text.steps import token_tables
 from rlhf_jax.text.tokenizer import Tokenizer
@@ -25,8 +27,9 @@ from rlhf_jax.types import Algorithm, Sampling, TokenTables
 
 class PolicyPlan(NamedTuple):
     """The static side of a run. ``described`` holds the model configs by role: "policy",
-    "value" where there is one, and "reward/<label>" for learned rewards. ``prompts`` is None, and
-    ``extra`` lacks rows, where an earlier stage has yet to write them."""
+    "value" where there is one, and "reward/<label>" for learned rewards; ``writers`` has those that
+    read other tokens than the policy's. ``prompts`` is None, and ``extra`` lacks rows, where an
+    earlier stage has yet to write them."""
 
     config: ConfigDict
     mesh: Mesh
@@ -41,6 +44,7 @@ class PolicyPlan(NamedTuple):
     models: Models
     algorithm: Algorithm
     optimizers: Mapping[str, Any]
+    writers: Mapping[str, Writer]
 
 
 def make_plan(
@@ -63,7 +67,8 @@ def make_plan(
     mesh, rules = build.mesh(config)
     sizes = build.rollout(config, algorithm.needs, mesh, rules)
     build.check_sampling(config.rollout.sampling)
-    described = describe_models(config, text.vocab_size, algorithm)
+    own = own_tokenizers(config, text)
+    described = describe_models(config, text.vocab_size, algorithm, own)
     made = {role: decoder(model, rules) for role, model in described.items()}
     if starts:
         check_starts(config, described)
@@ -97,6 +102,7 @@ def make_plan(
         models=models,
         algorithm=algorithm,
         optimizers=made_optimizers,
+        writers=writers(config, own, {k: described[f"reward/{k}"].vocab_size for k in own}),
     )
 
 
@@ -125,9 +131,12 @@ def check_starts(config: ConfigDict, described: Mapping[str, ModelConfig]) -> No
 
 
 def describe_models(
-    config: ConfigDict, vocab_size: int, algorithm: Algorithm
+    config: ConfigDict, vocab_size: int, algorithm: Algorithm, own: Mapping[str, Tokenizer]
 ) -> dict[str, ModelConfig]:
     """Model configs by role: policy, value where needed, and "reward/<label>".
+
+    Args:
+        own: the tokenizers of rewards that do not read the policy's tokens, by label.
 
     The critic has a tree of its own unless the policy's score_heads name "value".
     """
@@ -140,11 +149,14 @@ def describe_models(
         build.check_reward(label, section)
         changes = build.reward_model(section)
         if changes is not None:
-            changes = changes | {"lora_rank": 0}
             start = section.get("init_from", "")
-            described[f"reward/{label}"] = _start(
-                f"rewards.{label}", start, policy, vocab_size, changes
-            )
+            adapters = roles.adapters_on(start, config.model)
+            if adapters is None:
+                changes = changes | {"lora_rank": 0}
+            else:
+                changes = changes | {name: getattr(adapters, name) for name in roles.ADAPTERS}
+            size = own[label].vocab_size if label in own else vocab_size
+            described[f"reward/{label}"] = _start(f"rewards.{label}", start, policy, size, changes)
             roles.check_heads(f"rewards.{label}", start, changes["score_heads"])
     if algorithm.needs.value and "value" not in policy.score_heads:
         if "value" not in config:
@@ -154,6 +166,11 @@ def describe_models(
             )
         start = config.value.init_from
         changes = dict(lm_head=False, score_heads=("value",))
+        if start in own:
+            raise ValueError(
+                f"value.init_from={start!r} is a reward with another tokenizer, and a value reads "
+                "the policy's tokens; start it from 'policy' or a folder"
+            )
         if start in config.rewards and f"reward/{start}" not in described:
             raise ValueError(f"value.init_from={start!r} is a reward without a model")
         if f"reward/{start}" in described:

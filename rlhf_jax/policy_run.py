@@ -13,6 +13,8 @@ from rlhf_jax import build, roles
 from rlhf_jax.models.lora import partition
 from rlhf_jax.models.transformer import decoder
 from rlhf_jax.policy_plan import PolicyPlan
+from rlhf_jax.rewards.base import lend_base
+from rlhf_jax.rewards.translated import translated
 from rlhf_jax.sampling.sampler import generate
 from rlhf_jax.training.experience import (
     compile_evaluate,
@@ -103,11 +105,10 @@ def start(plan: PolicyPlan) -> tuple[PolicyRun, RunState]:
     loaded = roles.load(folder, mesh, rules) if folder else {}
     policy = roles.fill(models.policy, loaded, key, mesh, rules)
     trained, base = partition(policy, models.policy.config)
-    learned = _reward_params(plan, policy)
+    learned = _reward_params(plan, policy, base)
     params = {"policy": trained}
     if models.value is not None:
-        value = _value_params(plan, policy, learned)
-        params["value"] = partition(value, models.value.config)[0]
+        params["value"] = _value_params(plan, policy, learned)
     reference = base
     if models.reference is not None and not base:
         reference = roles.fill(models.reference, policy, key, mesh, rules)
@@ -126,22 +127,32 @@ def start(plan: PolicyPlan) -> tuple[PolicyRun, RunState]:
     return run, _calibrate(run, state)
 
 
-def _reward_params(plan: PolicyPlan, policy: Params) -> dict[str, Params]:
-    """Parameters of the learned rewards by label; a folder that two rewards name is read once."""
-    load = functools.cache(lambda folder: roles.load(folder, plan.mesh, plan.rules))
+def _reward_params(plan: PolicyPlan, policy: Params, base: Params) -> dict[str, Params]:
+    """Parameters of the learned rewards by label, of those on the policy's base adapters and heads
+    alone; a folder that two rewards name is read once."""
+    place = (plan.mesh, plan.rules)
+    load = functools.cache(lambda folder: roles.load(folder, *place))
+    load_adapters = functools.cache(
+        lambda folder, path: roles.load_adapters(folder, path, base, *place)
+    )
     learned = {}
     for index, (label, section) in enumerate(plan.config.rewards.items()):
         if f"reward/{label}" not in plan.described:
             continue
         model = decoder(plan.described[f"reward/{label}"], plan.rules)
         folder = section.get("init_from", "")
-        known = load(folder) if folder else policy
         key = step_key(plan.config.seed, Purpose.INIT_REWARD, index)
-        learned[label] = roles.fill(model, known, key, plan.mesh, plan.rules)
+        if model.config.lora_rank:
+            known = load_adapters(folder, f"rewards.{label}")
+            learned[label] = roles.fill_adapters(model, known, key, *place)
+        else:
+            known = load(folder) if folder else policy
+            learned[label] = roles.fill(model, known, key, *place)
     return learned
 
 
 def _value_params(plan: PolicyPlan, policy: Params, learned: Mapping[str, Params]) -> Params:
+    """What trains of the value model."""
     begin = plan.config.value.init_from
     if begin == "policy":
         known = policy
@@ -150,7 +161,7 @@ def _value_params(plan: PolicyPlan, policy: Params, learned: Mapping[str, Params
     else:
         known = roles.rename_head(roles.load(begin, plan.mesh, plan.rules), "value")
     key = step_key(plan.config.seed, Purpose.INIT_VALUE, 0)
-    return roles.fill(plan.models.value, known, key, plan.mesh, plan.rules)
+    return roles.fill_adapters(plan.models.value, known, key, plan.mesh, plan.rules)
 
 
 def _rewards(plan: PolicyPlan, learned: Mapping[str, Params]) -> dict[str, Reward]:
@@ -166,7 +177,11 @@ def _rewards(plan: PolicyPlan, learned: Mapping[str, Params]) -> dict[str, Rewar
         if label in learned:
             resources["model"] = decoder(plan.described[f"reward/{label}"], plan.rules)
             resources["params"] = learned[label]
-        members[label] = (build.reward(label, section, resources), section.weight)
+        made = build.reward(label, section, resources)
+        if label in plan.writers:
+            texts = dict(decode=plan.tokenizer.decode, records=plan.prompts.record)
+            made = translated(made, plan.writers[label], **texts)
+        members[label] = (made, section.weight)
     return build.combined(members)
 
 
@@ -235,5 +250,6 @@ def _calibrate(run: PolicyRun, state: RunState) -> RunState:
     rollouts = run.sample(state, 0, key)
     rewards = dict(state.rewards)
     for place in places:
-        rewards[place] = run.rewards[place].calibrate(rewards[place], rollouts)
+        lent = lend_base(rewards[place], state.reference)
+        rewards[place] = lend_base(run.rewards[place].calibrate(lent, rollouts), {})
     return dataclasses.replace(state, rewards=rewards)

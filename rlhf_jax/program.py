@@ -2,12 +2,14 @@
 
 import contextlib
 import errno
+import inspect
 import logging
 import os
 import pathlib
 import re
 import sys
 import traceback
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -31,6 +33,15 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process's number, f
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Join the job that the environment describes (TPU pods, Slurm)."
 )
+_JOB = (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID, _DISTRIBUTED)
+# How the flag of a parameter of each type is defined; see `run_flags`.
+_DEFINE = {
+    bool: flags.DEFINE_bool,
+    bool | None: flags.DEFINE_bool,
+    int: flags.DEFINE_integer,
+    float | int: flags.DEFINE_float,
+    str: flags.DEFINE_string,
+}
 
 # How ml_collections says which key is unknown, and which one it may have been.
 _QUOTED, _HINT = re.compile(r"'(\w+)'"), re.compile(r'Did you mean "(.+?)" instead')
@@ -210,6 +221,44 @@ def run(main: Callable[[ConfigDict, str], Any], config: ConfigDict, workdir: str
         main(config, workdir)
 
 
+def run_flags(main: Callable[..., Any]) -> None:
+    """Runs a program that takes flags of its own in place of a config.
+
+    Every parameter of ``main`` is a flag: ``Annotated`` with its type and what --help says of it,
+    required where it has no default.
+    """
+    parameters = inspect.signature(main).parameters
+    required = [name for name, one in parameters.items() if one.default is one.empty]
+    for name, parameter in parameters.items():
+        if name in flags.FLAGS:  # --workdir is there already
+            continue
+        kind, said = typing.get_args(parameter.annotation)
+        _DEFINE[kind](name, None if name in required else parameter.default, said)
+
+    def start(argv: list[str]) -> None:
+        if len(argv) > 1:
+            fail(ValueError(f"unknown arguments: {' '.join(argv[1:])}; wanted flags --name=value"))
+        missing = [f"--{name}" for name in required if not flags.FLAGS[name].value]
+        if missing:
+            fail(ValueError(f"{', '.join(missing)} missing; --help lists all flags"))
+        for flag in (_CONFIG, _WORKDIR):
+            if flag.value is not None and flag.name not in parameters:
+                fail(ValueError(f"--{flag.name}: this program takes no config; --help lists flags"))
+        set_up_logging()
+        with one_line():
+            join_job()
+            main(**{name: flags.FLAGS[name].value for name in parameters})
+
+    for name in (*parameters, *(flag.name for flag in _JOB)):
+        _list_flag(name)
+    app.run(start, flags_parser=parse)
+
+
+def _list_flag(name: str) -> None:
+    """--help lists the flags of the program that was started."""
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+
+
 def run_program(main: Callable[[ConfigDict, str], Any]) -> None:
     """Parses the command line and runs ``main(config, workdir)`` as `run` does."""
 
@@ -226,8 +275,7 @@ def run_program(main: Callable[[ConfigDict, str], Any]) -> None:
             join_job()
         run(main, _CONFIG.value, _WORKDIR.value)
 
-    for flag in (_CONFIG, _WORKDIR, _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID, _DISTRIBUTED):
-        # --help lists the flags of the program that was started.
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
+    for flag in (_CONFIG, _WORKDIR, *_JOB):
+        _list_flag(flag.name)
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(start, flags_parser=parse)

@@ -18,8 +18,10 @@ from ml_collections import ConfigDict
 from rlhf_jax import run_folder
 from rlhf_jax.mesh import ShardingRules, shard_init, shardings_for
 from rlhf_jax.models.config import ModelConfig, named_size
-from rlhf_jax.models.load import load_hf, open_folder, read_hf_config
+from rlhf_jax.models.hub import local_folder
+from rlhf_jax.models.load import check_hf, load_hf, read_hf_config
 from rlhf_jax.models.lora import join, merge_lora, partition
+from rlhf_jax.models.peft import base_folder, is_adapter_folder, load_peft, open_peft
 from rlhf_jax.models.transformer import Model, decoder
 from rlhf_jax.schema import check_section, within
 from rlhf_jax.training.checkpoint import check_newest, restore_subtree
@@ -30,7 +32,7 @@ OWN_FIELDS = ("param_dtype", "compute_dtype", "remat", "logprob_chunk")
 # A model's section: a name or a folder to start from, and fields of its config.
 _FIELDS = {"name": str, "init_from": str, **typing.get_type_hints(ModelConfig)}
 _SECTION = TypedDict("_SECTION", {name: NotRequired[kind] for name, kind in _FIELDS.items()})
-_ADAPTERS = ("lora_rank", "lora_alpha", "lora_targets")
+ADAPTERS = ("lora_rank", "lora_alpha", "lora_targets")
 
 
 def is_hf_folder(folder: str) -> bool:
@@ -63,21 +65,34 @@ def describe(
         described = named_size(name, **({"vocab_size": vocab_size} | values | changes))
         _check_vocabulary(f"{path}.name={name!r}", described, vocab_size)
         return described
+    init_from = local_folder(init_from, f"{path}.init_from={init_from!r}")
     if not pathlib.Path(init_from).is_dir():
         raise ValueError(f"{path}.init_from={init_from!r} is not a folder")
     with within(f"{path}.init_from"):
-        if is_hf_folder(init_from):
-            base = read_hf_config(init_from)
-        else:
-            base = run_folder.read_models(init_from)[trained_role(init_from)]
+        base = _described(init_from)
+    if changes.get("lm_head", values.get("lm_head", True)) and not base.lm_head:
+        raise ValueError(
+            f"{path}.init_from={init_from!r} has no LM head, so it is no policy: it is a model "
+            f"with the heads {', '.join(base.score_heads) or 'none'}; name the folder of a policy"
+        )
     _check_vocabulary(f"{path}.init_from={init_from!r}", base, vocab_size)
-    unknown = [k for k in values if k not in (*OWN_FIELDS, "score_heads", *_ADAPTERS)]
+    unknown = [k for k in values if k not in (*OWN_FIELDS, "score_heads", *ADAPTERS)]
     if unknown:
         raise ValueError(
             f"{path}.{unknown[0]} cannot be set beside {path}.init_from={init_from!r}, which "
-            f"decides the shape; what can: {', '.join((*OWN_FIELDS, 'score_heads', *_ADAPTERS))}"
+            f"decides the shape; what can: {', '.join((*OWN_FIELDS, 'score_heads', *ADAPTERS))}"
         )
     return dataclasses.replace(base, **({"lora_rank": 0, "score_heads": ()} | values | changes))
+
+
+def _described(folder: str) -> ModelConfig:
+    """The config of what a Hugging Face folder holds, or of the role that a run trained."""
+    folder = local_folder(folder)
+    if is_adapter_folder(folder):
+        return open_peft(folder).config
+    if is_hf_folder(folder):
+        return read_hf_config(folder)
+    return run_folder.read_models(folder)[trained_role(folder)]
 
 
 def _check_vocabulary(path: str, model: ModelConfig, vocab_size: int) -> None:
@@ -100,17 +115,21 @@ def check_start(path: str, folder: str) -> None:
     if not folder:
         return
     with within(f"{path}.init_from={folder!r}"):
-        if is_hf_folder(folder):
-            open_folder(pathlib.Path(folder))
+        folder = local_folder(folder)
+        if is_adapter_folder(folder):
+            open_peft(folder)
+            check_hf(base_folder(folder))
+        elif is_hf_folder(folder):
+            check_hf(folder)
         else:
             check_newest(folder)
 
 
 def check_heads(path: str, folder: str, wanted: tuple[str, ...]) -> None:
-    """Raises a ValueError if a run's folder (empty: none) lacks a head that ``path`` reads."""
-    if not folder or is_hf_folder(folder):
+    """Raises a ValueError if a folder (empty: none) lacks a head that ``path`` reads."""
+    if not folder:
         return
-    heads = run_folder.read_models(folder)[trained_role(folder)].score_heads
+    heads = _described(folder).score_heads
     missing = sorted(set(wanted) - set(heads))
     if missing:
         raise ValueError(f"{path} reads head {missing[0]!r}, but {folder} has {sorted(heads)}")
@@ -118,9 +137,18 @@ def check_heads(path: str, folder: str, wanted: tuple[str, ...]) -> None:
 
 def load(folder: str, mesh: Mesh, rules: ShardingRules) -> Params:
     """The plain parameters (adapters merged) of a Hugging Face or run folder, sharded."""
+    folder = local_folder(folder)
+    if is_adapter_folder(folder):
+        return load_peft(folder, mesh, rules)[1]
     if is_hf_folder(folder):
         return load_hf(folder, mesh, rules)[1]
     role = trained_role(folder)
+    params = load_role(folder, role, mesh, rules)
+    return merge_lora(params, run_folder.read_models(folder)[role])
+
+
+def load_role(folder: str, role: str, mesh: Mesh, rules: ShardingRules) -> Params:
+    """All parameters of a role that a run trained, adapters beside their base, sharded."""
     config = run_folder.read_models(folder)[role]
     model = decoder(config, rules)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
@@ -132,11 +160,10 @@ def load(folder: str, mesh: Mesh, rules: ShardingRules) -> Params:
     if config.lora_rank == 0:
         return restore_subtree(folder, ("train", "params", role), target)
     trained, base = partition(target, config)
-    tree = join(
+    return join(
         restore_subtree(folder, ("train", "params", role), trained),
         restore_subtree(folder, ("reference",), base),
     )
-    return merge_lora(tree, config)
 
 
 def _without(tree: Mapping, known: Mapping) -> dict:
@@ -159,13 +186,64 @@ def _only(tree: Mapping, wanted: Mapping) -> dict:
     }
 
 
+def adapters_on(folder: str, policy: ConfigDict) -> ModelConfig | None:
+    """The model of the run in ``folder`` if it is adapters on the base that the policy's are on.
+
+    Both started from the same folder, which the run's config.json and the policy's section name.
+    """
+    start = policy.get("init_from", "")
+    if not (folder and start and policy.get("lora_rank", 0)):
+        return None
+    folder = local_folder(folder)
+    if is_hf_folder(folder) or is_adapter_folder(folder):
+        return None
+    path = pathlib.Path(folder) / "config.json"
+    model = run_folder.read_models(folder)[trained_role(folder)]
+    if not model.lora_rank or not path.exists():
+        return None
+    began = run_folder.read_json(path)["model"]["init_from"]
+    same = began and pathlib.Path(began).resolve() == pathlib.Path(start).resolve()
+    return model if same else None
+
+
+def load_adapters(
+    folder: str, path: str, policy_base: Params, mesh: Mesh, rules: ShardingRules
+) -> Params:
+    """The adapters and heads that a run trained, sharded; ``policy_base`` lies under them.
+
+    Raises:
+        ValueError: naming ``path``, if the run trained them on other weights.
+    """
+    role = trained_role(folder)
+    tree = load_role(folder, role, mesh, rules)
+    adapters, base = partition(tree, run_folder.read_models(folder)[role])
+    mine = _only(policy_base, base)
+    same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b.astype(a.dtype))), mine, base)
+    if not all(jax.tree.leaves(same)):
+        raise ValueError(
+            f"{path}.init_from={folder!r} trained adapters on other weights than those that "
+            "model.init_from names now; was that folder changed?"
+        )
+    return adapters
+
+
+def fill_adapters(
+    model: Model, known: Params, key: jax.Array, mesh: Mesh, rules: ShardingRules
+) -> Params:
+    """`fill` for what trains of ``model`` alone: adapters and heads."""
+    return _fill(model, known, partition(model.axes(), model.config)[0], key, mesh, rules)
+
+
 def fill(model: Model, known: Params, key: jax.Array, mesh: Mesh, rules: ShardingRules) -> Params:
     """The full tree of ``model``: leaves of ``known`` that it has, the others fresh, all sharded.
 
     Leaves that ``known`` gives are never computed (XLA drops them), so a large model is not
     initialised twice.
     """
-    axes = model.axes()
+    return _fill(model, known, model.axes(), key, mesh, rules)
+
+
+def _fill(model, known, axes, key, mesh, rules) -> Params:
     missing = _without(axes, known)
     # A copy even where nothing is cast: donating one tree must not delete the other.
     dtype = model.config.param_dtype

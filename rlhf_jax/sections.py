@@ -6,11 +6,12 @@ factory of an algorithm, a reward or a kind of source, a model's config, the mes
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict, get_type_hints
 
 from ml_collections import ConfigDict
 
-from rlhf_jax.schema import AtLeast, check_section
+from rlhf_jax.data.forms import check_form
+from rlhf_jax.schema import AtLeast, check_section, within
 
 Count = Annotated[int, AtLeast(1)]
 Index = Annotated[int, AtLeast(0)]
@@ -20,21 +21,23 @@ class Tokens(TypedDict):
     """The data section of a program that reads texts through its sources."""
 
     tokenizer: str
+    chat_template: NotRequired[str | None]  # a Jinja file in place of the tokenizer's own template
+    bos: NotRequired[bool | None]  # every row begins with the beginning-of-text token
     name: NotRequired[str]
     split: NotRequired[str]
     data_dir: NotRequired[str | None]
     options: NotRequired[Mapping[str, Any]]
-    template: NotRequired[str]
+    template: NotRequired[str | None]
+    chat: NotRequired[str | None]  # in place of template: the field that holds messages
     max_prompt: NotRequired[Count]
     max_length: NotRequired[Count]  # for configs that share one section between programs
     overlong: NotRequired[str]
 
 
 class Prompts(Tokens):
-    """The data section of a program that samples."""
+    """The data section of a program that samples; it has a template or chat."""
 
     name: str
-    template: str
     max_prompt: Count
     overlong: str
 
@@ -146,6 +149,11 @@ class Wrappers(TypedDict):
     normalise: NotRequired[bool]
     clip: NotRequired[float]
     shrink: NotRequired[float]
+    tokenizer: NotRequired[str]  # of a learned reward that does not read the policy's tokens
+    template: NotRequired[str | None]  # and how it wants prompts, in place of data's
+    chat: NotRequired[str | None]
+    max_prompt: NotRequired[int]  # in its tokens
+    max_tokens: NotRequired[int]
 
 
 class PolicyUpdates(TypedDict):
@@ -258,4 +266,8 @@ def check(program: str, config: ConfigDict) -> None:
     Raises:
         ValueError: naming the first key that is unknown, absent or of another type.
     """
-    check_section("", config.to_dict(), PROGRAMS[program])
+    described = PROGRAMS[program]
+    check_section("", config.to_dict(), described)
+    if get_type_hints(described).get("data") is Prompts:
+        with within("data"):
+            check_form(config.data.get("template"), config.data.get("chat"))

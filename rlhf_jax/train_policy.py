@@ -13,15 +13,15 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from rlhf_jax import policy_run, program, run_folder
+from rlhf_jax import base_files, policy_run, program, run_folder
 from rlhf_jax.ops.metrics import add
 from rlhf_jax.policy_plan import make_plan
 from rlhf_jax.policy_run import PolicyRun
-from rlhf_jax.rewards.base import add_scores
+from rlhf_jax.rewards.base import add_scores, lend_base
 from rlhf_jax.run_log import RunLog, policy_samples
 from rlhf_jax.training.experience import make_experience
 from rlhf_jax.training.keys import Purpose, step_key
-from rlhf_jax.types import Metrics, Rollouts, RunState, Scores
+from rlhf_jax.types import Metrics, Params, Rollouts, RunState, Scores
 
 
 class Iteration(NamedTuple):
@@ -40,12 +40,19 @@ def score_host(run: PolicyRun, rewards: dict, rollouts: Rollouts) -> tuple[Score
     return scores, {**rewards, "host": host}
 
 
-def score_device(run: PolicyRun, rewards: dict, rollouts: Rollouts) -> tuple[Scores | None, dict]:
-    """Scores of the device rewards, dispatched but not awaited; and all reward states."""
+def score_device(
+    run: PolicyRun, rewards: dict, base: Params, rollouts: Rollouts
+) -> tuple[Scores | None, dict]:
+    """Scores of the device rewards, dispatched but not awaited; and all reward states.
+
+    Args:
+        base: what lies under the adapters of rewards that share the policy's.
+    """
     if "device" not in run.rewards:
         return None, rewards
-    scores, device = run.steps.score(rewards["device"], rollouts)
-    return scores, {**rewards, "device": device}
+    lent = lend_base(rewards["device"], base)
+    scores, device = run.steps.score(lent, rollouts)
+    return scores, {**rewards, "device": lend_base(device, {})}
 
 
 def join_scores(device: Scores | None, host: Scores | None) -> Scores:
@@ -63,7 +70,7 @@ def collect(run: PolicyRun, state: RunState, step: int) -> tuple[Rollouts, Score
     for attempt in range(sizes.max_draws):
         key = step_key(seed, Purpose.SAMPLE, step * sizes.max_draws + attempt)
         rollouts = run.sample(state, position, key)
-        device, rewards = score_device(run, rewards, rollouts)
+        device, rewards = score_device(run, rewards, state.reference, rollouts)
         host, rewards = score_host(run, rewards, rollouts)
         batch = (rollouts, join_scores(device, host))
         position += sizes.prompts
@@ -84,7 +91,7 @@ def iterate(run: PolicyRun, state: RunState, step: int) -> tuple[RunState, Itera
         position = int(state.data_position["prompts"])
         key = step_key(seed, Purpose.SAMPLE, step * sizes.max_draws)
         rollouts = run.sample(state, position, key)
-        device, rewards = score_device(run, state.rewards, rollouts)
+        device, rewards = score_device(run, state.rewards, state.reference, rollouts)
         outputs = run.steps.evaluate(state.train.params, frozen, rollouts)
         host, rewards = score_host(run, rewards, rollouts)  # overlaps with the two above
         scores = join_scores(device, host)
@@ -118,6 +125,7 @@ def train_policy(config: ConfigDict, workdir: str) -> RunState:
     started = time.time()
     plan = make_plan(config)
     folder = run_folder.prepare(workdir, config, plan.described)
+    base_files.keep(folder, config)
     with jax.set_mesh(plan.mesh), RunLog(folder, config) as log:
         run, state = policy_run.start(plan)
         state, first = log.restore(state)

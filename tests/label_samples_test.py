@@ -2,7 +2,7 @@
 
 import random
 
-from rlhf_jax.label_samples import check, pairs, rows_of
+from rlhf_jax.label_samples import check, pairs, rows_of, with_messages
 
 QUESTION = "37 +8"
 RIGHT = "37+8=45\n#### 45"
@@ -49,3 +49,12 @@ def test_rows_have_the_fields_that_training_reads():
     ]
     assert [row["label"] for row in rows["correctness"]] == [1.0, 0.0]
     assert [row["labels"] for row in rows["steps"]] == [[1.0, 1.0], [0.0, 0.0]]
+
+
+def test_lines_hold_the_dialogue_that_a_template_wrote():
+    question = {"role": "user", "content": "1+1?"}
+    record = {"messages": [question, {"role": "assistant", "content": "2"}]}
+    rows = {"pairs": [{"prompt": "1+1?", "chosen": "2", "rejected": "3"}], "scores": []}
+    assert with_messages(rows, record, None) is rows
+    found = with_messages(rows, record, "messages")
+    assert found == {"pairs": [{**rows["pairs"][0], "messages": [question]}], "scores": []}

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from benchmarks.published_models import make, save
 from rlhf_jax import roles
 from rlhf_jax.algorithms.grpo import grpo
 from rlhf_jax.algorithms.ppo import ppo
@@ -23,7 +24,8 @@ from rlhf_jax.data.examples import encode_row, pad_rows
 from rlhf_jax.data.prompts import PromptSource
 from rlhf_jax.mesh import ShardingRules, make_mesh
 from rlhf_jax.models.completions import evaluate_completions
-from rlhf_jax.models.load import FAMILIES, load_hf
+from rlhf_jax.models.families import FAMILIES
+from rlhf_jax.models.load import load_hf
 from rlhf_jax.models.transformer import decoder
 from rlhf_jax.sampling.methods import make_sampling
 from rlhf_jax.sampling.sampler import generate
@@ -290,7 +292,7 @@ def reward_config(folder: pathlib.Path, data: pathlib.Path) -> ConfigDict:
 
 @pytest.mark.parametrize("kind", sorted(FAMILIES))
 def test_a_reward_model_trains_on_every_family(kind, tmp_path):
-    folder = write_folder(tmp_path / "published", {**KINDS[kind], "num_hidden_layers": 1})
+    folder = save(make(kind.removesuffix("_text"), seed=1), tmp_path / "published")
     data = tmp_path / "pairs.jsonl"
     rows = [dict(prompt=f"{i}+1=", chosen=str(i + 1), rejected=str(i)) for i in range(8)]
     data.write_text("\n".join(json.dumps(row) for row in rows))

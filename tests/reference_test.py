@@ -1,5 +1,6 @@
-"""docs/reference.md names every key of the schema and every program."""
+"""docs/reference.md names every key of the schema, every program, and the flags of the others."""
 
+import inspect
 import pathlib
 import re
 import typing
@@ -7,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from rlhf_jax import sections
+from rlhf_jax import export, generate, score, sections
 
 TEXT = (pathlib.Path(__file__).parents[1] / "docs" / "reference.md").read_text(encoding="utf-8")
 
@@ -26,3 +27,10 @@ def test_every_key_is_in_the_reference(program):
     words = set(re.findall(r"\w+", TEXT))
     assert program in words
     assert set(keys(sections.PROGRAMS[program])) <= words
+
+
+@pytest.mark.parametrize("main", [export.export, generate.generate, score.score])
+def test_every_flag_is_in_the_reference(main):
+    words = set(re.findall(r"\w+", TEXT))
+    assert main.__name__ in words
+    assert set(inspect.signature(main).parameters) <= words

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,12 +12,14 @@ from ml_collections import ConfigDict
 
 from rlhf_jax import roles, run_folder
 from rlhf_jax.mesh import ShardingRules, make_mesh
+from rlhf_jax.models import hub
 from rlhf_jax.models.config import named_size
 from rlhf_jax.models.lora import merge_lora, partition
 from rlhf_jax.models.transformer import decoder
 from rlhf_jax.training import checkpoint
 from rlhf_jax.training.state import create_train_state
 from rlhf_jax.types import RunState
+from tests.models.load_test import LLAMA, write_folder
 
 RULES = ShardingRules()
 TINY = named_size("tiny", layers=1, vocab_size=20)
@@ -88,3 +91,20 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, mesh):
 def test_an_empty_folder_is_named(tmp_path):
     with pytest.raises(ValueError, match=str(tmp_path)):
         roles.describe(ConfigDict(dict(init_from=str(tmp_path))), 20)
+
+
+def test_a_name_of_the_hub_is_a_folder_of_its_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    section = ConfigDict(dict(init_from="org/name"))
+    words = r"^model\.init_from='org/name' is not a folder, .* local cache .* hub does not give"
+    with pytest.raises(ValueError, match=words):
+        roles.describe(section, 20)
+    kept = tmp_path / "models--org--name"
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs" / "main").write_text("0" * 40)
+    folder = write_folder(kept / "snapshots" / ("0" * 40), LLAMA)
+    assert roles.describe(section, 20).width == LLAMA["hidden_size"]
+    roles.check_start("model", "org/name")
+    assert hub.local_folder("org/name") == str(folder)
+    assert hub.local_folder("no/such/model") == "no/such/model"  # a path, which is not there

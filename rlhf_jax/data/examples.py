@@ -7,15 +7,19 @@ import numpy as np
 
 from rlhf_jax.data.draws import Drawn, Draws
 from rlhf_jax.data.sources import Record, RecordSource
-from rlhf_jax.text.tokenizer import Tokenizer
+from rlhf_jax.text.tokenizer import Tokenizer, encode_start
 from rlhf_jax.types import Labelled, Pairs, Steps, Texts
 
 
 class Row(NamedTuple):
-    """Token ids of a prompt, its completion and end-of-text; `prompt` counts the prompt's."""
+    """Token ids of a prompt, its completion and end-of-text; `prompt` counts the prompt's.
+
+    `trains` says of each token whether the loss is on it; None: on all behind the prompt.
+    """
 
     tokens: list[int]
     prompt: int
+    trains: list[bool] | None = None
 
 
 class ExampleSource:
@@ -71,19 +75,29 @@ class ExampleSource:
         return self._collate(self._draws.get(position, rows, n))
 
 
+def first_field(record: Record, fields: tuple[str, ...]) -> str:
+    """The name of the first of `fields` that the record has.
+
+    Raises:
+        ValueError: it has none of them.
+    """
+    for name in fields:
+        if name in record:
+            return name
+    raise ValueError(f"no field {' or '.join(fields)}; the record has {', '.join(record)}")
+
+
 def pick(record: Record, fields: tuple[str, ...]) -> str:
     """The text of the first of `fields` that the record has.
 
     Raises:
         ValueError: it has none of them, or no text there.
     """
-    for name in fields:
-        if name in record:
-            if not isinstance(record[name], str):
-                kind = type(record[name]).__name__
-                raise ValueError(f"field {name!r} holds {kind} where text is wanted")
-            return record[name]
-    raise ValueError(f"no field {' or '.join(fields)}; the record has {', '.join(record)}")
+    name = first_field(record, fields)
+    if not isinstance(record[name], str):
+        kind = type(record[name]).__name__
+        raise ValueError(f"field {name!r} holds {kind} where text is wanted")
+    return record[name]
 
 
 def share(record: Record, fields: tuple[str, ...]) -> float:
@@ -110,7 +124,7 @@ def encode_row(
         truncated: the completion is cut off and has no end-of-text, like a rollout that ran into
             its token limit.
     """
-    start = tokenizer.encode(prompt)
+    start = encode_start(tokenizer, prompt)
     end = [] if truncated else [tokenizer.eos_ids[0]]
     return Row([*start, *tokenizer.encode(completion), *end], len(start))
 
@@ -127,8 +141,8 @@ def flag(record: Record, name: str) -> bool:
 
 
 def pad_rows(rows: Sequence[Row], max_length: int, pad: int) -> Texts:
-    """Rows cut and right-padded to `max_length`. The loss is on completions and end-of-text, but
-    never on column 0, which nothing predicts."""
+    """Rows cut and right-padded to `max_length`. The loss is on completions and end-of-text, or on
+    what a row says that trains, but never on column 0, which nothing predicts."""
     tokens = np.full((len(rows), max_length), pad, np.int32)
     length = np.array([len(row.tokens) for row in rows], np.int32).reshape(-1, 1)
     prompt = np.array([row.prompt for row in rows], np.int32).reshape(-1, 1)
@@ -137,9 +151,14 @@ def pad_rows(rows: Sequence[Row], max_length: int, pad: int) -> Texts:
         tokens[index, : len(kept)] = kept
     column = np.arange(max_length)[None]
     mask = column < length
+    trains = column >= np.maximum(prompt, 1)
+    for index, row in enumerate(rows):
+        if row.trains is not None:
+            kept = row.trains[:max_length]
+            trains[index, : len(kept)] &= np.array(kept, bool)
     return Texts(
         tokens=tokens,
         mask=mask,
-        loss_mask=mask & (column >= np.maximum(prompt, 1)),
+        loss_mask=mask & trains,
         segment=mask.astype(np.int32),
     )

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import numpy as np
 
 from rlhf_jax.data.draws import Drawn
-from rlhf_jax.data.examples import ExampleSource, Row, encode_row, flag, pad_rows, pick, share
+from rlhf_jax.data.examples import ExampleSource, Row, first_field, flag, pad_rows, share
+from rlhf_jax.data.forms import Form
 from rlhf_jax.data.sources import Record, RecordSource
-from rlhf_jax.text.template import render
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import Labelled, Pairs
 
@@ -30,7 +30,8 @@ def pairs(
     sources: Sequence[RecordSource],
     tokenizer: Tokenizer,
     *,
-    template: str,
+    template: str | None = None,
+    chat: str | None = None,
     max_length: int,
     seed: int,
     shuffle: bool = True,
@@ -49,23 +50,26 @@ def pairs(
     Args:
         template, max_length, seed, shuffle, overlong: see `texts`; a pair is as long as its longer
             half.
+        chat: in place of a template, the field that holds the prompt's messages; chosen and
+            rejected are text or messages. Without that field in a record, they are conversations,
+            and the prompt is how both begin.
         chosen, rejected: the first of these fields that a record has.
         annotators: A, the number of columns of votes.
     """
 
-    def half(record: Record, prompt: str, side: str, fields: tuple[str, ...]) -> Row:
-        cut = flag(record, f"{side}_truncated")
-        return encode_row(tokenizer, prompt, pick(record, fields), truncated=cut)
+    form = Form(tokenizer, template=template, chat=chat)
 
     def encode(record: Record) -> _Pair:
-        prompt = render(template, record)
+        names = (first_field(record, chosen), first_field(record, rejected))
+        cut = (flag(record, "chosen_truncated"), flag(record, "rejected_truncated"))
+        better, worse = form.halves(record, names, cut)
         votes = record.get("votes", [])
         if len(votes) > annotators:
             raise ValueError(f"{len(votes)} votes but annotators={annotators}")
         votes = [np.nan if vote is None else float(vote) for vote in votes]
         return _Pair(
-            chosen=half(record, prompt, "chosen", chosen),
-            rejected=half(record, prompt, "rejected", rejected),
+            chosen=better,
+            rejected=worse,
             label=share(record, ("label",)) if "label" in record else 1.0,
             margin=float(record.get("margin", 0.0)),
             votes=votes + [np.nan] * (annotators - len(votes)),
@@ -98,7 +102,8 @@ def correctness(
     sources: Sequence[RecordSource],
     tokenizer: Tokenizer,
     *,
-    template: str,
+    template: str | None = None,
+    chat: str | None = None,
     max_length: int,
     seed: int,
     shuffle: bool = True,
@@ -110,12 +115,15 @@ def correctness(
 
     Args:
         template, max_length, seed, shuffle, overlong: see `texts`.
+        chat: in place of a template, the field that holds the prompt's messages; completions are
+            text or messages.
         completion, label: the first of these fields that a record has.
     """
 
+    form = Form(tokenizer, template=template, chat=chat)
+
     def encode(record: Record) -> _Judged:
-        row = encode_row(tokenizer, render(template, record), pick(record, completion))
-        return _Judged(row, share(record, label))
+        return _Judged(form.row(record, completion), share(record, label))
 
     def collate(drawn: Sequence[Drawn]) -> Labelled:
         found = [one.encoded for one in drawn]

@@ -3,12 +3,26 @@
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Bool, Int
 
 from rlhf_jax.data.draws import Draws
+from rlhf_jax.data.forms import Form
 from rlhf_jax.data.sources import Record, RecordSource
-from rlhf_jax.text.template import render
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import Prompts
+
+
+def pad_left(
+    rows: Sequence[Sequence[int]], width: int, pad: int
+) -> tuple[Int[np.ndarray, "N P"], Bool[np.ndarray, "N P"]]:
+    """The last ``width`` tokens of each prompt, filled up on the left, and where they lie."""
+    tokens = np.full((len(rows), width), pad, np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for index, row in enumerate(rows):
+        kept = row[-width:]
+        tokens[index, width - len(kept) :] = kept
+        mask[index, width - len(kept) :] = True
+    return tokens, mask
 
 
 class PromptSource:
@@ -17,11 +31,12 @@ class PromptSource:
     Args:
         sources: together they are one set; `Prompts.source` numbers them.
         tokenizer: its `pad_id` fills the left.
-        template: the prompt's text, in the form of ``str.format`` over a record's fields.
+        template, chat: the prompt's text, or the field that holds its messages; see `Form`.
         max_prompt: P, in tokens.
         seed: decides the order.
         shuffle: False draws in the order of the sources, for evaluation.
-        overlong: "error", "skip", or "truncate": keep the last `max_prompt` tokens.
+        overlong: "error", "skip", or "truncate": keep the last `max_prompt` tokens, whatever the
+            template wrote first.
 
     Raises:
         ValueError: see `Draws`; also for a prompt without tokens.
@@ -32,22 +47,18 @@ class PromptSource:
         sources: Sequence[RecordSource],
         tokenizer: Tokenizer,
         *,
-        template: str,
+        template: str | None = None,
+        chat: str | None = None,
         max_prompt: int,
         seed: int,
         shuffle: bool = True,
         overlong: str = "error",
     ):
-        def encode(record: Record) -> list[int]:
-            tokens = tokenizer.encode(render(template, record))
-            if not tokens:
-                raise ValueError(f"the prompt is empty; template {template!r}")
-            return tokens
-
+        form = Form(tokenizer, template=template, chat=chat)
         self._max_prompt, self._pad = max_prompt, tokenizer.pad_id
         self._draws = Draws(
             sources,
-            encode,
+            form.prompt,
             len,
             limit=max_prompt,
             limit_name="max_prompt",
@@ -72,12 +83,7 @@ class PromptSource:
         same batch.
         """
         drawn = self._draws.get(position, rows, n)
-        tokens = np.full((len(drawn), self._max_prompt), self._pad, np.int32)
-        mask = np.zeros(tokens.shape, bool)
-        for row, one in enumerate(drawn):
-            kept = one.encoded[-self._max_prompt :]
-            tokens[row, self._max_prompt - len(kept) :] = kept
-            mask[row, self._max_prompt - len(kept) :] = True
+        tokens, mask = pad_left([one.encoded for one in drawn], self._max_prompt, self._pad)
         return Prompts(
             tokens=tokens,
             mask=mask,

@@ -41,7 +41,7 @@ class JsonlSource:
     """
 
     def __init__(self, path: str | os.PathLike):
-        found = list(_read_lines(pathlib.Path(path)))
+        found = list(read_lines(path))
         self._path = path
         self._lines = [number for number, _ in found]
         self._records = [record for _, record in found]
@@ -181,11 +181,16 @@ def read_jsonl(path: str | os.PathLike) -> list[Record]:
     Raises:
         ValueError: the file is absent or empty, or a line is no JSON object; names the line.
     """
-    return [record for _, record in _read_lines(pathlib.Path(path))]
+    return [record for _, record in read_lines(path)]
 
 
-def _read_lines(path: pathlib.Path) -> Iterator[tuple[int, Record]]:
-    """The objects of a JSONL file with the numbers of their lines."""
+def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, Record]]:
+    """The objects of a JSONL file with the numbers of their lines, one after the other.
+
+    Raises:
+        ValueError: see `read_jsonl`, when the line is reached.
+    """
+    path = pathlib.Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     opened = gzip.open if path.suffix == ".gz" else open

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import numpy as np
 
 from rlhf_jax.data.draws import Drawn
-from rlhf_jax.data.examples import ExampleSource, Row, encode_row, pad_rows, pick
+from rlhf_jax.data.examples import ExampleSource, Row, pad_rows, pick
+from rlhf_jax.data.forms import Form
 from rlhf_jax.data.sources import Record, RecordSource
 from rlhf_jax.text.steps import BLANK, mark_host_step_ends, split_steps, token_tables
-from rlhf_jax.text.template import render
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import Steps
 
@@ -23,7 +23,8 @@ def step_labels(
     sources: Sequence[RecordSource],
     tokenizer: Tokenizer,
     *,
-    template: str,
+    template: str | None = None,
+    chat: str | None = None,
     max_length: int,
     seed: int,
     shuffle: bool = True,
@@ -42,14 +43,18 @@ def step_labels(
 
     Args:
         template, max_length, seed, shuffle, overlong: see `texts`.
+        chat: in place of a template, the field that holds the prompt's messages; the solution is
+            what the assistant says next. A template that writes visible lines of its own before it
+            is an error.
     """
+    form = Form(tokenizer, template=template, chat=chat)
     tables = token_tables(tokenizer)
 
     def encode(record: Record) -> _Solution:
         text, spread = _lines(record, steps, labels, completion)
         if len(spread) > 1 and not tables.ends_step.any():
             raise ValueError("the vocabulary has no line break, so solutions have no steps")
-        return _Solution(encode_row(tokenizer, render(template, record), text), spread)
+        return _Solution(form.written(record, text), spread)
 
     def collate(drawn: Sequence[Drawn]) -> Steps:
         found: list[_Solution] = [one.encoded for one in drawn]
@@ -66,6 +71,7 @@ def step_labels(
                 raise ValueError(
                     f"source {place.source}, record {place.record}: {len(one.labels)} lines but "
                     f"tokens mark {len(columns)} ends; a token holds several lines"
+                    + (", or the chat template writes lines of its own" if form.chat else "")
                 )
             for column, label in zip(columns, one.labels, strict=False):
                 if label is not None:

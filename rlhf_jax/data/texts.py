@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from rlhf_jax.data.examples import ExampleSource, Row, encode_row, pad_rows, pick
+from rlhf_jax.data.examples import ExampleSource, Row, pad_rows
+from rlhf_jax.data.forms import Form
 from rlhf_jax.data.sources import Record, RecordSource
-from rlhf_jax.text.template import render
 from rlhf_jax.text.tokenizer import Tokenizer
 
 
@@ -12,7 +12,9 @@ def texts(
     sources: Sequence[RecordSource],
     tokenizer: Tokenizer,
     *,
-    template: str,
+    template: str | None = None,
+    chat: str | None = None,
+    turns: str = "all",
     max_length: int,
     seed: int,
     shuffle: bool = True,
@@ -23,13 +25,19 @@ def texts(
 
     Args:
         template: the prompt's text; "" for plain texts, which train from their second token.
+        chat: in place of a template, the field that holds messages. Where they end in an answer,
+            all the assistant says trains; else they are the prompt of the completion, which is
+            text or messages.
+        turns: "all" assistant turns train, or the "last" one only.
         max_length: S, in tokens, end-of-text included; longer rows are cut at the right.
         seed, shuffle, overlong: see `Draws`.
         completion: the first of these fields that a record has is what the loss is on.
     """
 
+    form = Form(tokenizer, template=template, chat=chat, turns=turns)
+
     def encode(record: Record) -> Row:
-        return encode_row(tokenizer, render(template, record), pick(record, completion))
+        return form.conversation(record, completion)
 
     return ExampleSource(
         sources,

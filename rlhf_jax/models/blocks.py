@@ -1,14 +1,16 @@
 """The layers of the decoder, in Flax Linen; nothing outside this package sees them.
 
-Llama architecture (Touvron et al. 2023, https://arxiv.org/abs/2302.13971) with the options of
-Qwen2 (biases on query, key, value) and Qwen3 (RMSNorm of queries and keys):
+Llama architecture (Touvron et al. 2023, https://arxiv.org/abs/2302.13971) with the options that
+other published families need (see `ModelConfig`):
 
-    x ← x + Attention(RMSNorm(x)),   x ← x + W_down(silu(W_gate n) ⊙ W_up n),  n = RMSNorm(x)
+    x ← x + [Norm] Attention(Norm(x)),   x ← x + [Norm] MLP(Norm(x))
 
 Residual stream, norms, RoPE and softmax are float32; matrix products use `compute_dtype`.
 """
 
+import functools
 import math
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,26 +19,59 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from rlhf_jax.mesh import ShardingRules, constrain
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.rope import SinCos, rotate
 from rlhf_jax.types import Array
 
 KeysValues = tuple[Float[Array, "B G C Dh"], Float[Array, "B G C Dh"]]
 Length = Int[Array, ""] | Int[Array, " B"]
-SinCos = tuple[Float[Array, "B S half"], Float[Array, "B S half"]]
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+}
 
 
-class RMSNorm(nn.Module):
-    """x / √(mean(x²) + ε) · scale over the last axis, in float32."""
+class Sight(NamedTuple):
+    """What the layers of one kind, with or without a window, look at.
 
+    rotary: sin and cos of each position's angles; None without RoPE.
+    attend: which columns each position may see.
+    """
+
+    rotary: SinCos | None
+    attend: Bool[Array, "B S C"]
+
+
+class Norm(nn.Module):
+    """x / √(mean(x²) + ε) · scale over the last axis, in float32 (RMSNorm; Zhang & Sennrich 2019,
+    https://arxiv.org/abs/1910.07467). "rms_plus_one" scales by 1 + scale; "layer" takes the mean
+    off first and adds a bias (LayerNorm; Ba et al. 2016, https://arxiv.org/abs/1607.06450)."""
+
+    kind: str
     eps: float
     param_dtype: str
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         dtype = jnp.dtype(self.param_dtype)
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), dtype)
+        plus_one, layer = self.kind == "rms_plus_one", self.kind == "layer"
+        start = nn.initializers.zeros if plus_one else nn.initializers.ones
+        scale = self.param("scale", start, (x.shape[-1],), dtype).astype(jnp.float32)
         x = x.astype(jnp.float32)
+        if layer:
+            x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return jnp.einsum("...d,d->...d", x, scale.astype(jnp.float32))
+        x = jnp.einsum("...d,d->...d", x, 1.0 + scale if plus_one else scale)
+        if layer:
+            bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), dtype)
+            x = x + jnp.broadcast_to(bias.astype(jnp.float32), x.shape)
+        return x
+
+
+def norm_of(config: ModelConfig, name: str | None = None) -> Norm:
+    """A norm of the kind that `config` names."""
+    return Norm(config.norm, config.norm_eps, config.param_dtype, name=name)
 
 
 class Projection(nn.Module):
@@ -81,22 +116,6 @@ class Projection(nn.Module):
         )
 
 
-def rope(positions: Int[Array, "B S"], head_dim: int, theta: int | float) -> SinCos:
-    """sin and cos of the angles position · θ^(-2i/Dh), i < Dh/2 (Su et al. 2021, eq. 15,
-    https://arxiv.org/abs/2104.09864)."""
-    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    angles = jnp.einsum("bs,i->bsi", positions.astype(jnp.float32), theta**-exponents)
-    return jnp.sin(angles), jnp.cos(angles)
-
-
-def rotate(x: Float[Array, "B S N Dh"], rotary: SinCos) -> Float[Array, "B S N Dh"]:
-    """Rotates pairs (i, i + Dh/2): the half-split order of published checkpoints, not the
-    paper's neighbouring pairs (2i, 2i + 1)."""
-    sin, cos = (part[:, :, None, :] for part in rotary)
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
 class Attention(nn.Module):
     """Grouped-query attention: H/G query heads share one key/value head."""
 
@@ -107,8 +126,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B S D"],
-        rotary: SinCos,
-        attend: Bool[Array, "B S C"],
+        sight: Sight,
         past: KeysValues | None,
         start: Length | None,
     ) -> tuple[Float[Array, "B S D"], KeysValues | None]:
@@ -117,22 +135,28 @@ class Attention(nn.Module):
         key = self._heads("key", x, c.kv_heads)
         value = self._heads("value", x, c.kv_heads)
         if c.qk_norm:
-            query = RMSNorm(c.norm_eps, c.param_dtype, name="query_norm")(query)
-            key = RMSNorm(c.norm_eps, c.param_dtype, name="key_norm")(key)
+            query = norm_of(c, "query_norm")(query)
+            key = norm_of(c, "key_norm")(key)
+        if sight.rotary is not None:
+            query = rotate(query, sight.rotary, interleaved=c.rope_interleaved)
+            key = rotate(key, sight.rotary, interleaved=c.rope_interleaved)
         compute = jnp.dtype(c.compute_dtype)
-        query = rotate(query, rotary).astype(compute)
+        query = query.astype(compute)
         query = query.reshape(*query.shape[:2], c.kv_heads, c.heads // c.kv_heads, c.head_dim)
         # [B G C Dh]: the layout in which decode writes stay in place on TPU and GPU.
-        keys = jnp.swapaxes(rotate(key, rotary), 1, 2).astype(compute)
+        keys = jnp.swapaxes(key, 1, 2).astype(compute)
         values = jnp.swapaxes(value, 1, 2).astype(compute)
         if past is not None:
             keys = write_columns(past[0], keys, start, axis=2)
             values = write_columns(past[1], values, start, axis=2)
-        mixed = attention(query, keys, values, attend)
+        mixed = attention(
+            query, keys, values, sight.attend, scale=c.attention_scale, softcap=c.attention_softcap
+        )
         mixed = mixed.reshape(*x.shape[:2], c.heads, c.head_dim)
         mixed = constrain(mixed, ("batch", "length", "heads", "head_dim"), self.rules)
         scale = (2 * c.layers) ** -0.5
-        out = Projection(c, (c.heads, c.head_dim), (c.width,), scale=scale, name="output")(mixed)
+        shape = ((c.heads, c.head_dim), (c.width,))
+        out = Projection(c, *shape, c.output_bias, scale, name="output")(mixed)
         return out, None if past is None else (keys, values)
 
     def _heads(self, name, x, count):
@@ -165,21 +189,34 @@ def attention(
     keys: Float[Array, "B G C Dh"],
     values: Float[Array, "B G C Dh"],
     attend: Bool[Array, "B S C"],
+    *,
+    scale: float = 0.0,
+    softcap: float = 0.0,
 ) -> Float[Array, "B S G R Dh"]:
-    """softmax(q·k / √Dh) v over the columns where `attend` is true; scores in float32.
+    """softmax(q·k · scale) v over the columns where `attend` is true; scores in float32.
+
+    Args:
+        scale: 0 takes 1/√Dh.
+        softcap: c in c·tanh(scores / c), before the softmax; 0 = none.
 
     A row that may attend to nothing (a padded query) gets the plain mean of the values: its
     result is finite and nobody reads it.
     """
     scores = jnp.einsum("bsgrd,bgcd->bgrsc", query, keys, preferred_element_type=jnp.float32)
-    scores = scores * query.shape[-1] ** -0.5
+    scores = capped(scores * (scale or query.shape[-1] ** -0.5), softcap)
     scores = jnp.where(attend[:, None, None], scores, -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     return jnp.einsum("bgrsc,bgcd->bsgrd", weights, values)
 
 
+def capped(x: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
+    """c·tanh(x / c), within ±c (Gemma 2, https://arxiv.org/abs/2408.00118); x where c is 0."""
+    return cap * jnp.tanh(x / cap) if cap else x
+
+
 class MLP(nn.Module):
-    """SwiGLU: W_down(silu(W_gate x) ⊙ W_up x) (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
+    """W_down(f(W_gate x) ⊙ W_up x) (SwiGLU and its kin: Shazeer 2020,
+    https://arxiv.org/abs/2002.05202), or W_down f(W_up x) without a gate."""
 
     config: ModelConfig
     rules: ShardingRules
@@ -187,13 +224,21 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         c = self.config
-        wide = dict(inputs=(c.width,), outputs=(c.mlp_width,), dtype=c.compute_dtype)
-        gate = Projection(c, **wide, name="gate")(x)
+        wide = dict(
+            inputs=(c.width,), outputs=(c.mlp_width,), bias=c.mlp_bias, dtype=c.compute_dtype
+        )
+        activation = ACTIVATIONS[c.activation]
         up = Projection(c, **wide, name="up")(x)
-        hidden = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+        hidden = up.astype(jnp.float32)
+        if c.gated_mlp:
+            gate = Projection(c, **wide, name="gate")(x)
+            hidden = activation(gate.astype(jnp.float32)) * hidden
+        else:
+            hidden = activation(hidden)
         hidden = constrain(hidden.astype(up.dtype), ("batch", "length", "mlp"), self.rules)
+        shape = ((c.mlp_width,), (c.width,))
         scale = (2 * c.layers) ** -0.5
-        return Projection(c, (c.mlp_width,), (c.width,), scale=scale, name="down")(hidden)
+        return Projection(c, *shape, c.mlp_bias, scale, name="down")(hidden)
 
 
 class Block(nn.Module):
@@ -206,17 +251,18 @@ class Block(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B S D"],
-        rotary: SinCos,
-        attend: Bool[Array, "B S C"],
+        sight: Sight,
         past: KeysValues | None = None,
         start: Length | None = None,
     ) -> tuple[Float[Array, "B S D"], KeysValues | None]:
         c = self.config
-        normed = RMSNorm(c.norm_eps, c.param_dtype, name="attention_norm")(x)
-        mixed, past = Attention(c, self.rules, name="attention")(
-            normed, rotary, attend, past, start
-        )
+        normed = norm_of(c, "attention_norm")(x)
+        mixed, past = Attention(c, self.rules, name="attention")(normed, sight, past, start)
+        if c.post_norms:
+            mixed = norm_of(c, "attention_post_norm")(mixed)
         x = x + mixed
-        normed = RMSNorm(c.norm_eps, c.param_dtype, name="mlp_norm")(x)
-        x = x + MLP(c, self.rules, name="mlp")(normed)
+        mixed = MLP(c, self.rules, name="mlp")(norm_of(c, "mlp_norm")(x))
+        if c.post_norms:
+            mixed = norm_of(c, "mlp_post_norm")(mixed)
+        x = x + mixed
         return constrain(x, ("batch", "length", None), self.rules), past

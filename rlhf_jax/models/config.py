@@ -5,16 +5,40 @@ import dataclasses
 PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down")
 DTYPES = ("float32", "bfloat16", "float16")
 REMATS = ("none", "full", "dots")
+NORMS = ("rms", "rms_plus_one", "layer")
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+POSITIONS = ("rope", "learned")
+ROPE_SCALINGS = ("none", "linear", "llama3")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder of the Llama and Qwen kind: RMSNorm, RoPE, grouped queries, SwiGLU.
+    """A decoder. The defaults are Llama's: RMSNorm, RoPE, grouped queries, SwiGLU; the other
+    values of a field are those of the family that is named beside it.
 
     Attributes:
         head_dim: width of one head; ``heads * head_dim`` need not equal `width`.
-        qkv_bias: biases on query, key and value (Qwen2).
-        qk_norm: RMSNorm of queries and keys over the head width, before RoPE (Qwen3).
+        rope_fraction: the share of a head's width that is rotated, its first part (GLM: 0.5).
+        rope_interleaved: pairs are neighbours (2i, 2i + 1), not halves (GLM).
+        rope_scaling: "linear" divides all frequencies by `rope_factor` (Gemma 3); "llama3"
+            divides the low ones and blends in between (Llama 3.1), with wavelengths from
+            ``rope_original / rope_high`` to ``rope_original / rope_low`` tokens as the border.
+        rope_theta_local: base in layers with a window, never scaled; 0 = as in all others.
+        positions: "learned" adds a table of `max_positions` rows to the embeddings (GPT-2).
+        norm: "rms_plus_one" scales by 1 + scale (Gemma), "layer" also centres and shifts (GPT-2).
+        post_norms: a norm after attention and one after the MLP, before the sums (Gemma, GLM-4).
+        activation: of the MLP.
+        gated_mlp: two projections up, one through the activation; False: one (GPT-2).
+        mlp_bias: biases in the MLP (GPT-2).
+        qkv_bias: biases on query, key and value (Qwen2, GLM, GPT-2).
+        output_bias: a bias on attention's output (GPT-2).
+        qk_norm: norm of queries and keys over the head width, before RoPE (Qwen3, Gemma 3).
+        window: columns that a local layer sees, the token's own included; 0 = all (Mistral).
+        local_layers: which layers have the window, one truth value each; () = all of them.
+        attention_scale: scores are multiplied by it; 0 = 1/√head_dim (Gemma has its own).
+        attention_softcap: c in c·tanh(scores / c); 0 = none (Gemma 2).
+        logit_softcap: the same of the logits (Gemma 2).
+        embed_scale: embeddings are multiplied by it (Gemma: √width).
         tie_embeddings: logits are made with the embedding table.
         lm_head: False gives a model without logits (value and reward models).
         score_heads: names of scalar heads, one number per token each.
@@ -39,8 +63,30 @@ class ModelConfig:
     mlp_width: int
     rope_theta: int | float = 10000.0
     norm_eps: int | float = 1e-5
+    rope_fraction: int | float = 1.0
+    rope_interleaved: bool = False
+    rope_scaling: str = "none"
+    rope_factor: int | float = 1.0
+    rope_low: int | float = 1.0
+    rope_high: int | float = 4.0
+    rope_original: int = 8192
+    rope_theta_local: int | float = 0.0
+    positions: str = "rope"
+    max_positions: int = 0
+    norm: str = "rms"
+    post_norms: bool = False
+    activation: str = "silu"
+    gated_mlp: bool = True
+    mlp_bias: bool = False
     qkv_bias: bool = False
+    output_bias: bool = False
     qk_norm: bool = False
+    window: int = 0
+    local_layers: tuple[bool, ...] = ()
+    attention_scale: int | float = 0.0
+    attention_softcap: int | float = 0.0
+    logit_softcap: int | float = 0.0
+    embed_scale: int | float = 1.0
     tie_embeddings: bool = True
     lm_head: bool = True
     score_heads: tuple[str, ...] = ()
@@ -53,26 +99,71 @@ class ModelConfig:
     lora_targets: tuple[str, ...] = PROJECTIONS
 
     def __post_init__(self):
-        for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim"):
+        for name in _POSITIVE:
             _check_positive(name, getattr(self, name))
-        for name in ("mlp_width", "logprob_chunk", "rope_theta", "norm_eps", "lora_alpha"):
-            _check_positive(name, getattr(self, name))
+        for name in _NOT_NEGATIVE:
+            if getattr(self, name) < 0:
+                raise ValueError(f"model.{name}={getattr(self, name)}; want 0 (off) or more")
+        for name, known in _KNOWN.items():
+            _check_known(name, getattr(self, name), known)
+        for target in self.lora_targets:
+            _check_known("lora_targets", target, PROJECTIONS)
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"model.heads={self.heads} is not a multiple of model.kv_heads={self.kv_heads}; "
                 "every key/value head serves the same number of query heads"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"model.head_dim={self.head_dim}; RoPE rotates pairs, want it even")
-        if self.lora_rank < 0:
-            raise ValueError(f"model.lora_rank={self.lora_rank}; want 0 (no adapters) or more")
-        _check_known("param_dtype", self.param_dtype, DTYPES)
-        _check_known("compute_dtype", self.compute_dtype, DTYPES)
-        _check_known("remat", self.remat, REMATS)
-        for target in self.lora_targets:
-            _check_known("lora_targets", target, PROJECTIONS)
+        self._check_positions()
+        if self.local_layers and (not self.window or len(self.local_layers) != self.layers):
+            raise ValueError(
+                f"model.local_layers has {len(self.local_layers)} values with model.window="
+                f"{self.window}; want one for each of {self.layers} layers, and a window"
+            )
         if len(set(self.score_heads)) != len(self.score_heads):
             raise ValueError(f"model.score_heads={self.score_heads} names a head twice")
+
+    def _check_positions(self):
+        odd = self.rotary_dim % 2 or not 0 < self.rope_fraction <= 1
+        if self.positions == "rope" and odd:
+            raise ValueError(
+                f"model.head_dim={self.head_dim} with model.rope_fraction={self.rope_fraction}: "
+                "RoPE rotates pairs, want an even number of at most head_dim"
+            )
+        if (self.positions == "learned") != (self.max_positions > 0):
+            raise ValueError(
+                f"model.max_positions={self.max_positions} with model.positions="
+                f"{self.positions!r}; learned positions need their number, others have none"
+            )
+
+    @property
+    def local(self) -> tuple[bool, ...]:
+        """Which layers have a window."""
+        return self.local_layers or (self.window > 0,) * self.layers
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many numbers of a head RoPE rotates."""
+        return int(self.head_dim * self.rope_fraction)
+
+
+_POSITIVE = (
+    "vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_width", "rope_theta",
+    "rope_factor", "rope_low", "rope_high", "rope_original", "norm_eps", "embed_scale",
+    "logprob_chunk", "lora_alpha",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "max_positions", "window", "rope_theta_local", "attention_scale", "attention_softcap",
+    "logit_softcap", "lora_rank",
+)  # fmt: skip
+_KNOWN = {
+    "param_dtype": DTYPES,
+    "compute_dtype": DTYPES,
+    "remat": REMATS,
+    "norm": NORMS,
+    "activation": ACTIVATIONS,
+    "positions": POSITIONS,
+    "rope_scaling": ROPE_SCALINGS,
+}
 
 
 def _check_positive(name: str, value: int | float):

@@ -1,93 +1,97 @@
 """A Hugging Face folder -> our config and sharded parameters, tensor by tensor.
 
-Files are mapped, not read: each device's callback touches only the bytes of its own shard, so
-no process ever holds a whole model. The safetensors format is 8 bytes of header length, a JSON
-header and raw little-endian tensors (https://github.com/huggingface/safetensors).
+Files are mapped, not read, and every device takes only its own part of a tensor (see `place`), so
+the host never holds more than a tensor or two beside what is loaded.
 """
 
+import dataclasses
+import difflib
 import json
-import math
 import pathlib
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import ml_dtypes
 import numpy as np
 from flax import traverse_util
 from jaxtyping import Key
 
 from rlhf_jax.mesh import ShardingRules, shardings_for
-from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.models.llama import Family, llama
-from rlhf_jax.models.qwen import qwen2, qwen3
+from rlhf_jax.models.config import DTYPES, ModelConfig
+from rlhf_jax.models.families import family_of
+from rlhf_jax.models.family import Family, Json, Published
+from rlhf_jax.models.heads import has_bias
+from rlhf_jax.models.place import place_leaf
+from rlhf_jax.models.tensors import (
+    VALUE_HEAD,
+    layout,
+    of_layer,
+    open_folder,
+    open_tensors,
+    take,
+    with_prefix,
+)
 from rlhf_jax.models.transformer import decoder
 from rlhf_jax.types import Params
 
-# model_type in config.json -> family
-FAMILIES = MappingProxyType({"llama": llama, "qwen2": qwen2, "qwen3": qwen3})
-DTYPES = MappingProxyType(
-    {
-        "F64": np.dtype(np.float64),
-        "F32": np.dtype(np.float32),
-        "F16": np.dtype(np.float16),
-        "BF16": np.dtype(ml_dtypes.bfloat16),
-    }
-)
-# Leaves that published checkpoints do not hold and `load_hf` makes itself.
-FRESH = ("heads/", "lora_")
+# Leaves that no published checkpoint holds and that are drawn.
+ADAPTERS = "lora_"
+_SCORERS = {"ForSequenceClassification": "outcome", "ForTokenClassification": "process"}
 
 
-def open_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Every tensor of one .safetensors file as a lazy view of the mapped file."""
-    data = np.memmap(path, dtype=np.uint8, mode="r")
-    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    if data.size < 8 or start > data.size:
-        raise ValueError(f"{path} is no safetensors file, or cut short")
-    header = json.loads(data[8:start].tobytes())
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(
-                f"{path}: {name} is {entry['dtype']}; wanted one of {', '.join(DTYPES)}"
-            )
-        begin, end = entry["data_offsets"]
-        if start + end > data.size:
-            raise ValueError(f"{path} is cut short: {name} ends at byte {start + end}")
-        raw = data[start + begin : start + end]
-        tensors[name] = raw.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    return tensors
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The object in a folder's JSON file.
+
+    Raises:
+        ValueError: there is none, or something else.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; wanted a Hugging Face model folder")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); was it cut short?") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a JSON {type(found).__name__} where an object is wanted")
+    return found
 
 
-def open_folder(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """Tensors of model.safetensors, or of all the files that its index names."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    absent = [name for name in names if not (folder / name).is_file()]
-    if absent:
-        there = sorted(path.name for path in folder.iterdir())
-        raise ValueError(f"{folder} lacks {', '.join(absent)}; it holds {there}")
-    tensors = {}
-    for name in names:
-        tensors.update(open_tensors(folder / name))
-    return tensors
+def score_heads(published: Json) -> tuple[str, ...]:
+    """The heads of a published model: () for one that predicts tokens."""
+    names = published.get("architectures") or [""]
+    for ending, head in _SCORERS.items():
+        if names[0].endswith(ending):
+            labels = len(published.get("id2label") or {"0": ""})
+            if labels != 1:
+                raise ValueError(f"config.json: {names[0]} has {labels} labels; wanted 1, a score")
+            return (head,)
+    return ()
+
+
+def _stored_heads(folder: pathlib.Path) -> tuple[str, ...]:
+    """The heads that a folder holds; a value head lies beside a bare decoder (`save_hf`)."""
+    found = score_heads(read_json(folder / "config.json"))
+    return (*found, "value") if (folder / VALUE_HEAD).is_file() else found
+
+
+def stored_dtype(published: Json) -> str:
+    """The type that a published config names; float32 where it names none of ours."""
+    name = published.get("dtype") or published.get("torch_dtype") or "float32"
+    return name if name in DTYPES else "float32"
 
 
 def _read_family(folder: pathlib.Path, overrides: Mapping[str, Any]) -> tuple[ModelConfig, Family]:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; wanted a Hugging Face model folder")
-    published = json.loads(path.read_text())
-    kind = published.get("model_type")
-    if kind not in FAMILIES:
-        raise ValueError(f"{path}: model_type={kind!r}; known are {', '.join(sorted(FAMILIES))}")
-    family = FAMILIES[kind]()
-    return ModelConfig(**{**family.fields(published), **overrides}), family
+    published = read_json(folder / "config.json")
+    if published.get("quantization_config"):
+        raise ValueError(
+            f"{folder}/config.json: quantization_config "
+            f"{published['quantization_config'].get('quant_method')!r}; wanted plain weights"
+        )
+    family = family_of(published)
+    heads = _stored_heads(folder)
+    fields = family.fields(published) | {"score_heads": heads, "lm_head": not heads}
+    return ModelConfig(**{**fields, **overrides}), family
 
 
 def read_hf_config(
@@ -101,56 +105,79 @@ def read_hf_config(
     return _read_family(pathlib.Path(folder), overrides)[0]
 
 
-def as_ours(tensor: np.ndarray, path: str, shape: tuple[int, ...], published: str) -> np.ndarray:
-    """A published tensor in our layout, still a view.
+def all_names(family: Family, config: ModelConfig) -> dict[str, Published]:
+    """Where each leaf lies, those of scoring heads included."""
+    names = dict(family.names)
+    for head in config.score_heads:
+        theirs = "value" if head == "value" else family.classifier.get(head, "score")
+        names[f"heads/{head}/kernel"] = Published(f"{theirs}.weight")
+        if has_bias(head):
+            names[f"heads/{head}/bias"] = Published(f"{theirs}.bias")
+    return names
 
-    Published kernels are [out, in]; ours keep inputs first and heads as an axis of their own:
-    query [D H Dh], output [H Dh D], gate [D F].
-    """
-    if path.endswith("/kernel"):
-        inputs = len(shape) - 1 if path.endswith("output/kernel") else 1
-        wanted = (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
-        view = shape[inputs:] + shape[:inputs]
-        axes = (*range(len(shape) - inputs, len(shape)), *range(len(shape) - inputs))
-    else:
-        wanted = shape if path.endswith("/table") else (math.prod(shape),)
-        view, axes = shape, tuple(range(len(shape)))
-    if tensor.shape != wanted:
-        raise ValueError(f"{published} is {tensor.shape} in the file; the config wants {wanted}")
-    return tensor.reshape(view).transpose(axes)
+
+def _layers_of(published: Published, layers: int) -> list[Published]:
+    """The tensors of one leaf: one, or one per layer where layers are stacked."""
+    if "{layer}" not in published.name:
+        return [published]
+    return [of_layer(published, layer) for layer in range(layers)]
 
 
 def _check_names(
-    tensors: Mapping[str, np.ndarray], wanted: Iterable[str], known: Iterable[str]
+    there: Iterable[str], wanted: Iterable[str], known: Iterable[str], ignored: tuple[str, ...]
 ) -> None:
-    missing = sorted(set(wanted) - set(tensors))
-    if missing:
-        raise ValueError(f"the files lack {len(missing)} tensors: {', '.join(missing[:8])}")
+    there, wanted = set(there), set(wanted)
     # A weight left behind means another architecture than the config says.
-    unused = sorted(set(tensors) - set(known))
-    unused = [name for name in unused if not name.endswith("rotary_emb.inv_freq")]
+    unused = sorted(n for n in there - set(known) if not n.endswith(ignored))
+    missing = sorted(wanted - there)
+    if missing:
+        near = difflib.get_close_matches(missing[0], unused or sorted(there), n=3, cutoff=0.3)
+        raise ValueError(
+            f"the files lack {len(missing)} tensors: {', '.join(missing[:8])}; "
+            f"nearest to the first are {', '.join(near) or 'none'}"
+        )
     if unused:
-        raise ValueError(f"no place for {len(unused)} tensors: {', '.join(unused[:8])}")
+        near = difflib.get_close_matches(unused[0], sorted(known), n=3, cutoff=0.3)
+        raise ValueError(
+            f"no place for {len(unused)} tensors: {', '.join(unused[:8])}; "
+            f"nearest to the first are {', '.join(near) or 'none'}"
+        )
 
 
-def _published(name: str, layers: int) -> list[str]:
-    """The published names of one leaf: one, or one per layer where layers are stacked."""
-    return [name.format(layer=layer) for layer in range(layers)] if "{layer}" in name else [name]
+class _Found(NamedTuple):
+    """One leaf in the files: one view, or one per layer, and what turns a view into ours."""
+
+    views: list[np.ndarray]
+    axes: tuple[int, ...]
 
 
-def _load_leaf(tensors, names, path, leaf, sharding) -> jax.Array:
-    stacked = path.startswith("layers/")
-    shape = leaf.shape[1:] if stacked else leaf.shape
-    views = [as_ours(tensors[name], path, shape, name) for name in names]
-
-    def fetch(index):
-        if not stacked:
-            return np.ascontiguousarray(views[0][index]).astype(leaf.dtype)
-        # Copied layer by layer before the cast: mapped bytes need not be aligned.
-        rows = [np.ascontiguousarray(view[index[1:]]) for view in views[index[0]]]
-        return np.stack([row.astype(leaf.dtype) for row in rows])
-
-    return jax.make_array_from_callback(leaf.shape, sharding, fetch)
+def _find_leaves(
+    folder: pathlib.Path, config: ModelConfig, family: Family, shapes: Mapping[str, Any]
+) -> dict[str, _Found]:
+    """Every leaf that the folder holds; all names and shapes are checked."""
+    tensors, stored = with_prefix(open_folder(folder), family.prefix), _stored_heads(folder)
+    if "value" in stored:
+        tensors |= open_tensors(folder / VALUE_HEAD)
+    table = all_names(family, config)
+    drawn = set(config.score_heads) - set(stored)
+    fresh = tuple(f"heads/{head}/" for head in drawn)
+    ours = [p for p in shapes if ADAPTERS not in p and not p.startswith(fresh)]
+    unnamed = sorted(set(ours) - set(table))
+    if unnamed:
+        raise ValueError(f"the checkpoint's family has no names for {', '.join(unnamed)}")
+    names = {p: _layers_of(table[p], config.layers) for p in ours}
+    # Heads that this model does not have are no mistake in the file; any other tensor is.
+    theirs = all_names(family, dataclasses.replace(config, score_heads=stored))
+    left = [at for p, at in theirs.items() if p.startswith(("unembed/", "heads/"))]
+    known = [n.name for at in (*map(table.get, ours), *left) for n in _layers_of(at, config.layers)]
+    wanted = [n.name for each in names.values() for n in each]
+    _check_names(tensors, wanted, known, family.ignored)
+    found = {}
+    for path, each in names.items():
+        laid = layout(path, shapes[path].shape[path.startswith("layers/") :], each[0])
+        views = [take(tensors[one.name], laid, one) for one in each]
+        found[path] = _Found(views, laid.axes)
+    return found
 
 
 def _fresh_leaves(model, paths, key, shardings) -> dict[str, jax.Array]:
@@ -175,7 +202,7 @@ def load_hf(
     overrides: Mapping[str, Any] = MappingProxyType({}),
     key: Key[jax.Array, ""] | None = None,
 ) -> tuple[ModelConfig, Params]:
-    """Config and parameters of a Hugging Face folder (Llama, Qwen2, Qwen3), born sharded.
+    """Config and parameters of a Hugging Face folder of a known family, born sharded.
 
     Args:
         folder: holds config.json and model.safetensors, whole or split with an index.
@@ -183,10 +210,11 @@ def load_hf(
         rules: from logical axes to mesh axes.
         overrides: fields of `ModelConfig` that replace the folder's, such as compute_dtype,
             score_heads or lora_rank.
-        key: draws what no published checkpoint holds: scalar heads and adapters.
+        key: draws what the folder does not hold: scalar heads and adapters.
 
     Raises:
-        ValueError: unknown model_type, unsupported config, missing or misshapen tensors.
+        ValueError: unknown model_type, unsupported config, missing or misshapen tensors; before
+            any device holds anything.
     """
     folder = pathlib.Path(folder)
     config, family = _read_family(folder, overrides)
@@ -195,20 +223,15 @@ def load_hf(
     shardings_tree = shardings_for(model.axes(), shapes_tree, mesh, rules)
     shapes = traverse_util.flatten_dict(shapes_tree, sep="/")
     shardings = traverse_util.flatten_dict(shardings_tree, sep="/")
-    fresh = [path for path in shapes if any(mark in path for mark in FRESH)]
-    unnamed = sorted(set(shapes) - set(fresh) - set(family.names))
-    if unnamed:
-        raise ValueError(f"the checkpoint's family has no names for {', '.join(unnamed)}")
-
-    tensors = open_folder(folder)
-    names = {
-        path: _published(family.names[path], config.layers) for path in shapes if path not in fresh
-    }
-    known = [name for each in family.names.values() for name in _published(each, config.layers)]
-    _check_names(tensors, [name for each in names.values() for name in each], known)
-    leaves = {
-        path: _load_leaf(tensors, names[path], path, shapes[path], shardings[path])
-        for path in names
-    }
-    leaves |= _fresh_leaves(model, fresh, key, shardings)
+    found = _find_leaves(folder, config, family, shapes)
+    leaves = {p: place_leaf(*each, shapes[p], shardings[p]) for p, each in found.items()}
+    leaves |= _fresh_leaves(model, [p for p in shapes if p not in found], key, shardings)
     return config, traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def check_hf(folder: str | pathlib.Path) -> None:
+    """Raises the ValueError of `load_hf` for a folder that it would not load; touches no device."""
+    folder = pathlib.Path(folder)
+    config, family = _read_family(folder, {})
+    shapes_tree = jax.eval_shape(decoder(config).init, jax.random.key(0))
+    _find_leaves(folder, config, family, traverse_util.flatten_dict(shapes_tree, sep="/"))

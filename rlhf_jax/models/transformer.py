@@ -15,38 +15,41 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from rlhf_jax.mesh import ShardingRules, constrain
-from rlhf_jax.models.blocks import Block, RMSNorm, rope, write_columns
+from rlhf_jax.models.blocks import Block, capped, norm_of
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.heads import ScalarHead, has_bias, kernel_scale
+from rlhf_jax.models.passes import cached_pass, check_positions, full_pass, sights
 from rlhf_jax.types import Array, Cache, ModelOutput, Params
 
+_ROWS = ("batch", "length", None)
 # Logical axes of each leaf by its module and name; leaves of a stacked layer get "layers" first.
 _AXES = {
     "embed/table": ("vocab", "embed"),
+    "positions/table": (None, "embed"),
     "unembed/kernel": ("embed", "vocab"),
     "query/kernel": ("embed", "heads", "head_dim"),
     "query/bias": ("heads", "head_dim"),
     "query/lora_a": ("embed", "rank"),
     "query/lora_b": ("rank", "heads", "head_dim"),
+    "output/bias": ("embed",),
     "output/kernel": ("heads", "head_dim", "embed"),
     "output/lora_a": ("heads", "head_dim", "rank"),
     "output/lora_b": ("rank", "embed"),
+    "gate/bias": ("mlp",),
     "gate/kernel": ("embed", "mlp"),
     "gate/lora_a": ("embed", "rank"),
     "gate/lora_b": ("rank", "mlp"),
+    "down/bias": ("embed",),
     "down/kernel": ("mlp", "embed"),
     "down/lora_a": ("mlp", "rank"),
     "down/lora_b": ("rank", "embed"),
-    "attention_norm/scale": ("embed",),
-    "mlp_norm/scale": ("embed",),
-    "final_norm/scale": ("embed",),
-    "query_norm/scale": ("head_dim",),
-    "key_norm/scale": ("head_dim",),
 }
 
 
-def _axis_names(module: str, leaf: str) -> tuple[str, ...]:
+def _axis_names(module: str, leaf: str) -> tuple[str | None, ...]:
     """The logical axes of one leaf; key and value are like query, up is like gate."""
+    if module.endswith("_norm"):
+        return ("head_dim",) if module in ("query_norm", "key_norm") else ("embed",)
     if module in ("key", "value"):
         names = _AXES[f"query/{leaf}"]
         return tuple("kv_heads" if name == "heads" else name for name in names)
@@ -86,7 +89,7 @@ def decoder(config: ModelConfig, rules: ShardingRules = ShardingRules()) -> Mode
         >>> logits = model.logits(params, out.hidden)
     """
     block = Block(config, rules)
-    norm = RMSNorm(config.norm_eps, config.param_dtype)
+    norm = norm_of(config)
     heads = {
         name: ScalarHead(kernel_scale(name, config.width), has_bias(name), config.param_dtype)
         for name in config.score_heads
@@ -105,14 +108,11 @@ def decoder(config: ModelConfig, rules: ShardingRules = ShardingRules()) -> Mode
         mask: Bool[Array, "B S"],
         cache: Cache | None = None,
     ) -> ModelOutput:
-        # Zero at padding, so that whatever lies there stays out of keys, values and gradients.
-        x = params["embed"]["table"][tokens].astype(jnp.float32)
-        x = constrain(jnp.where(mask[..., None], x, 0.0), ("batch", "length", None), rules)
-        rotary = rope(positions, config.head_dim, config.rope_theta)
+        x = constrain(_embed(config, params, tokens, positions, mask), _ROWS, rules)
         if cache is None:
-            x = _full_pass(block, config.remat, params["layers"], x, rotary, mask)
+            x = full_pass(config, block, params["layers"], x, positions, mask)
         else:
-            x, cache = _cached_pass(block, params["layers"], x, rotary, mask, cache)
+            x, cache = cached_pass(config, block, params["layers"], x, positions, mask, cache)
         hidden = norm.apply({"params": params["final_norm"]}, x)
         return ModelOutput(hidden=hidden, cache=cache)
 
@@ -123,6 +123,7 @@ def decoder(config: ModelConfig, rules: ShardingRules = ShardingRules()) -> Mode
         return {n: h.apply({"params": params["heads"][n]}, hidden) for n, h in heads.items()}
 
     def init_cache(batch: int, length: int) -> Cache:
+        check_positions(config, length)
         shape = (batch, config.kv_heads, length, config.head_dim)
         empty = jnp.zeros(shape, config.compute_dtype)
         empty = constrain(empty, ("batch", "kv_heads", "length", "head_dim"), rules)
@@ -134,6 +135,18 @@ def decoder(config: ModelConfig, rules: ShardingRules = ShardingRules()) -> Mode
         )
 
     return Model(config, rules, init, axes, apply, logits, scores, init_cache, unstack_layers)
+
+
+def _embed(config, params, tokens, positions, mask):
+    """[B S D] in float32; zero at padding, so that whatever lies there stays out of keys, values
+    and gradients."""
+    x = params["embed"]["table"][tokens].astype(jnp.float32)
+    if config.embed_scale != 1:
+        # Rounded as published models round it.
+        x = x * jnp.asarray(config.embed_scale, config.compute_dtype).astype(jnp.float32)
+    if config.positions == "learned":
+        x = x + params["positions"]["table"][positions].astype(jnp.float32)
+    return jnp.where(mask[..., None], x, 0.0)
 
 
 def unstack_layers(params: Params) -> Params:
@@ -150,14 +163,14 @@ def _init_params(config, block, norm, heads, key) -> Params:
     embed_key, layers_key, unembed_key, heads_key = jax.random.split(key, 4)
     dtype = jnp.dtype(config.param_dtype)
     row = jnp.zeros((1, 1, config.width))
-    rotary = rope(jnp.zeros((1, 1), jnp.int32), config.head_dim, config.rope_theta)
-    attend = jnp.ones((1, 1, 1), bool)
+    first = jnp.zeros((1, 1), jnp.int32)
+    sight = sights(config, first, first, jnp.ones((1, 1, 1), bool))[config.local[0]]
     # 1/√D: tied logits start with variance 1, and no layer's output drowns the token's own signal.
     normal = nn.initializers.normal(config.width**-0.5)
     table = normal(embed_key, (config.vocab_size, config.width), dtype)
     params = {
         "embed": {"table": table},
-        "layers": jax.vmap(lambda k: block.init(k, row, rotary, attend)["params"])(
+        "layers": jax.vmap(lambda k: block.init(k, row, sight)["params"])(
             jax.random.split(layers_key, config.layers)
         ),
         "final_norm": norm.init(layers_key, row)["params"],  # ones: the key is not used
@@ -165,6 +178,11 @@ def _init_params(config, block, norm, heads, key) -> Params:
     if config.lm_head and not config.tie_embeddings:
         kernel = normal(unembed_key, (config.width, config.vocab_size), dtype)
         params["unembed"] = {"kernel": kernel}
+    if config.positions == "learned":
+        table = normal(
+            jax.random.fold_in(embed_key, 1), (config.max_positions, config.width), dtype
+        )
+        params["positions"] = {"table": table}
     if heads:
         keys = jax.random.split(heads_key, len(heads))
         params["heads"] = {
@@ -185,52 +203,6 @@ def _logical_axes(shapes: Params) -> Any:
     return jax.tree_util.tree_map_with_path(names, shapes)
 
 
-def _full_pass(block, remat, layers, x, rotary, mask):
-    """All layers on whole rows: scanned where stacked, in a Python loop where a list."""
-    length = mask.shape[1]
-    causal = jnp.tril(jnp.ones((length, length), bool))
-    attend = mask[:, None, :] & causal[None]
-
-    def step(x, layer):
-        x, _ = block.apply({"params": layer}, x, rotary, attend)
-        return x, None
-
-    if remat != "none":
-        policies = jax.checkpoint_policies
-        policy = {
-            "full": policies.nothing_saveable,
-            "dots": policies.dots_with_no_batch_dims_saveable,
-        }[remat]
-        # Inside a scan the loop already keeps the recomputation apart.
-        step = jax.checkpoint(step, policy=policy, prevent_cse=isinstance(layers, list))
-    if isinstance(layers, list):
-        for layer in layers:
-            x, _ = step(x, layer)
-        return x
-    x, _ = jax.lax.scan(step, x, layers)
-    return x
-
-
-def _cached_pass(block, layers, x, rotary, mask, cache):
-    """Layers one by one: writes the new columns of the cache and attends to all before."""
-    if not isinstance(layers, list):
-        raise ValueError("a cache needs params from model.unstack(params), made before the loop")
-    size = mask.shape[1]
-    columns = write_columns(cache.mask, mask, cache.length, axis=1)
-    here = jnp.reshape(cache.length, (-1, 1)) + jnp.arange(size)[None]  # [B S], or [1 S]
-    earlier = jnp.arange(columns.shape[1])[None, None] <= here[:, :, None]
-    attend = columns[:, None, :] & earlier
-    keys, values = [], []
-    for layer, past in zip(layers, zip(cache.keys, cache.values, strict=True), strict=True):
-        x, (new_keys, new_values) = block.apply(
-            {"params": layer}, x, rotary, attend, past, cache.length
-        )
-        keys.append(new_keys)
-        values.append(new_values)
-    cache = Cache(keys=tuple(keys), values=tuple(values), mask=columns, length=cache.length + size)
-    return x, cache
-
-
 def _logits(config, rules, params, hidden):
     if not config.lm_head:
         raise ValueError("this model has no LM head (model.lm_head=False): it gives no logits")
@@ -247,4 +219,5 @@ def _logits(config, rules, params, hidden):
         preferred_element_type=jnp.float32,
     )
     middle = (None,) * (out.ndim - 2)
+    out = capped(out, config.logit_softcap)
     return constrain(out, ("batch", *middle, "vocab"), rules) if out.ndim > 1 else out

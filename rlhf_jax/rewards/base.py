@@ -7,14 +7,16 @@ any of it. Everything that a new reward needs is imported from here.
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from rlhf_jax.models.transformer import Model
 from rlhf_jax.rewards.host import Decode, HostScore, Records, host_reward
 from rlhf_jax.rewards.reshape import clip, normalise, shrink
-from rlhf_jax.types import Array, Reward, Rollouts, Scores
+from rlhf_jax.types import Array, Params, Reward, Rollouts, Scores
 
 __all__ = [
     "Decode",
@@ -24,6 +26,8 @@ __all__ = [
     "combine",
     "device_reward",
     "host_reward",
+    "learned_state",
+    "lend_base",
     "normalise",
     "outcome_scores",
     "process_scores",
@@ -32,6 +36,24 @@ __all__ = [
 ]
 
 Weighted = Mapping[str, tuple[Reward, float | int]]
+_BASE = "base"
+
+
+def learned_state(model: Model, params: Params) -> dict[str, Params]:
+    """The state of a reward that is a model: {"params", "base"}.
+
+    With adapters `params` are these and the heads, and the base under them is not the reward's
+    own: it is lent for a call (`lend_base`) and kept nowhere else. Without, it stays empty.
+    """
+    lent = {_BASE: {}} if model.config.lora_rank else {}
+    return {"params": params, **lent}
+
+
+def lend_base(state: Any, base: Params) -> Any:
+    """A reward's state with `base` in every place that is kept for one; {} takes it back."""
+    if not isinstance(state, dict):
+        return state
+    return {name: base if name == _BASE else lend_base(own, base) for name, own in state.items()}
 
 
 def outcome_scores(name: str, outcome: Float[Array, " B"], like: Rollouts) -> Scores:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from rlhf_jax.models.completions import evaluate_completions
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.ops.masking import last_true, masked_sum
-from rlhf_jax.rewards.base import outcome_scores
+from rlhf_jax.rewards.base import learned_state, outcome_scores
 from rlhf_jax.types import Params, Reward
 
 
@@ -18,7 +18,7 @@ def outcome_model(
     came last (`Rollouts.truncated` flags those). The logit is kept, not its sigmoid.
 
     Args:
-        params: the model's parameters; they become the reward's state.
+        params: the model's parameters, or its adapters and heads; they become the reward's state.
         head: which of the model's score heads is read.
         rows: completions per chunk, to bound memory; None takes the whole batch at once.
 
@@ -33,11 +33,12 @@ def outcome_model(
 
     def score(state, rollouts):
         output = evaluate_completions(
-            model, state["params"], {}, rollouts, temperature=1.0, rows=rows
+            model, state["params"], state.get("base", {}), rollouts, temperature=1.0, rows=rows
         )
         at_end = masked_sum(output.scores[head], last_true(rollouts.mask), axis=-1)
         return outcome_scores("outcome_model", at_end.astype(jnp.float32), rollouts), state
 
-    return Reward(
-        name="outcome_model", where="device", init=lambda: {"params": params}, score=score
-    )
+    def init():
+        return learned_state(model, params)
+
+    return Reward(name="outcome_model", where="device", init=init, score=score)

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from rlhf_jax.models.completions import evaluate_completions
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.ops.masking import fill_padding, masked_mean
-from rlhf_jax.rewards.base import process_scores
+from rlhf_jax.rewards.base import learned_state, process_scores
 from rlhf_jax.types import Array, Params, Reward
 
 Transform = Callable[[Float[Array, "B T"], Bool[Array, "B T"], int], Float[Array, "B T"]]
@@ -87,7 +87,7 @@ def process_model(
     (`Rollouts.truncated` flags those).
 
     Args:
-        params: the model's parameters; they become the reward's state.
+        params: the model's parameters, or its adapters and heads; they become the reward's state.
         head: which of the model's score heads is read.
         rows: completions per chunk, to bound memory; None takes the whole batch at once.
         transform: f, one of `TRANSFORMS`.
@@ -101,7 +101,7 @@ def process_model(
 
     def score(state, rollouts):
         output = evaluate_completions(
-            model, state["params"], {}, rollouts, temperature=1.0, rows=rows
+            model, state["params"], state.get("base", {}), rollouts, temperature=1.0, rows=rows
         )
         ends = rollouts.step_ends & rollouts.mask
         paid = TRANSFORMS[transform](
@@ -109,6 +109,7 @@ def process_model(
         )
         return process_scores("process_model", paid), state
 
-    return Reward(
-        name="process_model", where="device", init=lambda: {"params": params}, score=score
-    )
+    def init():
+        return learned_state(model, params)
+
+    return Reward(name="process_model", where="device", init=init, score=score)

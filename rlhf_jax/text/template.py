@@ -38,6 +38,7 @@ def render(template: str, record: Mapping[str, Any]) -> str:
             kind = type(value).__name__
             raise ValueError(
                 f"template {template!r}: field {name!r} holds {kind} where text is wanted"
+                + (f"; for messages set chat={name!r}" if isinstance(value, list) else "")
             )
     return text
 

@@ -1,36 +1,22 @@
 """Tokenizers behind one small protocol: bytes, characters, and anything transformers loads."""
 
-import json
-import pathlib
-from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-import numpy as np
-import tokenizers
-from jaxtyping import Int
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-Ids = Sequence[int] | Int[np.ndarray, "_"]
-
-# End-of-text names of published vocabularies, for files that do not say which one they use.
-END_NAMES = (
-    "</s>",
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<｜end▁of▁sentence｜>",
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<eos>",
-)
+from rlhf_jax.text.chat_template import ChatTemplate, read_template
+from rlhf_jax.text.published import Ids, load_published
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
     """Text to ids and back. Ids are 0 .. vocab_size-1; some may be unused."""
 
+    name: str  # for messages
     pad_id: int  # fills rows; never recognised by its id, so it may equal an end-of-text id
     eos_ids: tuple[int, ...]  # the first one is written after training texts
     bos_id: int | None
+    expects_bos: bool  # its own rule puts `bos_id` before a text
+    starts: tuple[int, ...]  # what every prompt and row begins with; see `encode_start`
+    chat: ChatTemplate | None
     vocab_size: int
 
     def encode(self, text: str) -> list[int]:
@@ -46,9 +32,13 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
     """UTF-8 bytes as ids 0..255, end-of-text 256, padding 257."""
 
+    name = "byte"
     pad_id = 257
     eos_ids = (256,)
     bos_id = None
+    expects_bos = False
+    starts: tuple[int, ...] = ()
+    chat: ChatTemplate | None = None
     vocab_size = 258
 
     def encode(self, text: str) -> list[int]:
@@ -64,9 +54,13 @@ class ByteTokenizer:
 class CharTokenizer:
     """One id per character of a small alphabet: padding 0, end-of-text 1, then the characters."""
 
+    name = "chars"
     pad_id = 0
     eos_ids = (1,)
     bos_id = None
+    expects_bos = False
+    starts: tuple[int, ...] = ()
+    chat: ChatTemplate | None = None
 
     def __init__(self, alphabet: str):
         if len(set(alphabet)) != len(alphabet) or not alphabet:
@@ -88,92 +82,41 @@ class CharTokenizer:
         return [None, None, *self.alphabet]
 
 
-class HFTokenizer:
-    """A Hugging Face fast tokenizer.
+def encode_start(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a text that begins a row: with the ids `starts` before it, unless it writes them.
 
-    Args:
-        backend: the Rust tokenizer; truncation and padding set in its file are switched off.
-        eos_ids: end-of-text ids; the first one is written after training texts.
-        pad_id: padding; None takes the first end-of-text id.
+    `starts` is empty but where a config sets ``data.bos``: a template is taken as it is written.
     """
-
-    def __init__(
-        self,
-        backend: tokenizers.Tokenizer,
-        *,
-        eos_ids: tuple[int, ...],
-        pad_id: int | None = None,
-        bos_id: int | None = None,
-    ):
-        backend.no_truncation()
-        backend.no_padding()
-        self._backend = backend
-        self.eos_ids = eos_ids
-        self.pad_id = eos_ids[0] if pad_id is None else pad_id
-        self.bos_id = bos_id
-        # Not get_vocab_size(): added ids may leave holes below them.
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-
-    def encode(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids: Ids) -> str:
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
-
-    def token_texts(self) -> list[str | None]:
-        ids = [[i] for i in range(self.vocab_size)]
-        return [text or None for text in self._backend.decode_batch(ids, skip_special_tokens=True)]
+    ids, starts = tokenizer.encode(text), list(tokenizer.starts)
+    return ids if ids[: len(starts)] == starts else starts + ids
 
 
-def load_tokenizer(name: str) -> Tokenizer:
-    """ "byte", "chars:<alphabet>", a Hugging Face folder, or the path of a tokenizer.json.
+def load_tokenizer(
+    name: str, *, chat_template: str | None = None, bos: bool | None = None
+) -> Tokenizer:
+    """ "byte", "chars:<alphabet>", a Hugging Face folder, the path of a tokenizer.json, or the name
+    of a model on the Hugging Face hub, such as "org/name", whose files are kept in its cache.
 
     In an alphabet the two characters ``\\n`` stand for a line break, so that it can be written on
     a command line.
 
+    Args:
+        chat_template: the path of a Jinja file that takes the place of the tokenizer's own one.
+        bos: every prompt and row begins with the beginning-of-text token. Else what the templates
+            write is what there is, whatever the tokenizer would add by itself.
+
     Raises:
-        ValueError: nothing of that name, or no end-of-text token is known.
+        ValueError: nothing of that name, or no end-of-text token is known, or a special token that
+            is asked for is not there.
     """
     if name == "byte":
-        return ByteTokenizer()
-    if name.startswith("chars:"):
-        return CharTokenizer(name.removeprefix("chars:").replace("\\n", "\n"))
-    path = pathlib.Path(name)
-    if path.is_dir():
-        return _from_folder(path)
-    if path.is_file():
-        return _wrap(PreTrainedTokenizerFast(tokenizer_file=str(path)), path, ())
-    raise ValueError(
-        f"tokenizer {name!r} is neither 'byte', 'chars:<alphabet>', a folder nor a tokenizer.json"
-    )
-
-
-def _from_folder(folder: pathlib.Path) -> HFTokenizer:
-    eos_ids: tuple[int, ...] = ()
-    generation = folder / "generation_config.json"
-    if generation.is_file():  # chat models end on more ids than the tokenizer names
-        named = json.loads(generation.read_text("utf-8")).get("eos_token_id")
-        eos_ids = tuple(named) if isinstance(named, list) else () if named is None else (named,)
-    bare = folder / "tokenizer.json"
-    if bare.is_file() and not (folder / "tokenizer_config.json").is_file():
-        return _wrap(PreTrainedTokenizerFast(tokenizer_file=str(bare)), folder, eos_ids)
-    return _wrap(AutoTokenizer.from_pretrained(str(folder)), folder, eos_ids)
-
-
-def _wrap(
-    loaded: PreTrainedTokenizerFast, path: pathlib.Path, eos_ids: tuple[int, ...]
-) -> HFTokenizer:
-    backend = loaded.backend_tokenizer
-    if loaded.eos_token_id is not None:
-        eos_ids = tuple(dict.fromkeys((loaded.eos_token_id, *eos_ids)))
-    if not eos_ids:
-        known = (backend.token_to_id(name) for name in END_NAMES)
-        eos_ids = tuple(i for i in known if i is not None)[:1]
-    if not eos_ids:
-        raise ValueError(
-            f"{path} names no end-of-text token and has none of {END_NAMES}; "
-            'put a tokenizer_config.json with "eos_token" beside tokenizer.json and load the folder'
-        )
-    return HFTokenizer(
-        backend, eos_ids=eos_ids, pad_id=loaded.pad_token_id, bos_id=loaded.bos_token_id
-    )
+        made: Tokenizer = ByteTokenizer()
+    elif name.startswith("chars:"):
+        made = CharTokenizer(name.removeprefix("chars:").replace("\\n", "\n"))
+    else:
+        return load_published(name, chat_template=chat_template, bos=bos)
+    if bos:
+        raise ValueError(f"bos is set, but tokenizer {made.name!r} has no beginning-of-text token")
+    if chat_template is not None:
+        made.chat = read_template(chat_template, {})
+    return made

@@ -53,11 +53,20 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     Raises:
         OSError: naming the file.
     """
+    write_parts(path, [text])
+
+
+def write_parts(path: str | os.PathLike, parts: Iterable[str]) -> None:
+    """Writes a file part by part, as they come; it is there whole in the end, or not at all.
+
+    Raises:
+        OSError: naming the file.
+    """
     path = pathlib.Path(path)
     draft = path.with_name(f"{path.name}.tmp")
     try:
-        with _naming(draft):
-            draft.write_text(text, encoding="utf-8")
+        with _naming(draft), draft.open("w", encoding="utf-8") as file:
+            file.writelines(parts)
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)  # what a full disk left of it
@@ -69,7 +78,7 @@ def _naming(path: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise OSError(error.errno, error.strerror, error.filename or str(path)) from error
 
 
 def keep_before(path: pathlib.Path, step: int) -> None:

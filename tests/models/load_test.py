@@ -13,7 +13,9 @@ from flax import traverse_util
 from safetensors.numpy import save_file
 
 from rlhf_jax.mesh import ShardingRules, make_mesh
-from rlhf_jax.models.load import FAMILIES, load_hf, open_tensors, read_hf_config
+from rlhf_jax.models.families import FAMILIES
+from rlhf_jax.models.load import load_hf, read_hf_config
+from rlhf_jax.models.tensors import open_tensors
 from rlhf_jax.models.transformer import decoder
 
 LLAMA = {
@@ -195,26 +197,39 @@ def test_config_files_of_the_installed_transformers_are_read(tmp_path, kind, con
     assert (got.qkv_bias, got.qk_norm) == (kind == "qwen2", kind == "qwen3")
 
 
-def test_defaults_are_those_of_the_installed_transformers(tmp_path):
-    classes = {
-        "llama": transformers.LlamaConfig,
-        "qwen2": transformers.Qwen2Config,
-        "qwen3": transformers.Qwen3Config,
-    }
-    assert set(classes) == set(FAMILIES)
+CONFIG_CLASSES = {
+    "llama": transformers.LlamaConfig,
+    "mistral": transformers.MistralConfig,
+    "qwen2": transformers.Qwen2Config,
+    "qwen3": transformers.Qwen3Config,
+    "gemma2": transformers.Gemma2Config,
+    "gemma3_text": transformers.Gemma3TextConfig,
+    "glm": transformers.GlmConfig,
+    "glm4": transformers.Glm4Config,
+    "gpt2": transformers.GPT2Config,
+}
+
+
+def test_every_family_is_compared():
+    assert set(CONFIG_CLASSES) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("kind", CONFIG_CLASSES)
+def test_defaults_are_those_of_the_installed_transformers(tmp_path, kind):
     needed = {
         "vocab_size": 9,
         "hidden_size": 64,
-        "num_hidden_layers": 1,
+        "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
         "intermediate_size": 8,
     }
-    for kind, config_class in classes.items():
-        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, **needed}))
-        bare = read_hf_config(tmp_path)
-        config_class(**needed).save_pretrained(tmp_path)
-        assert bare == read_hf_config(tmp_path)
+    if kind == "gpt2":
+        needed = {"vocab_size": 9, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 12}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, **needed}))
+    bare = read_hf_config(tmp_path)
+    CONFIG_CLASSES[kind](**needed).save_pretrained(tmp_path)
+    assert bare == read_hf_config(tmp_path)
 
 
 @pytest.mark.parametrize("axes", [{"fsdp": 4}, {"data": 2, "tensor": 2}])
@@ -307,16 +322,21 @@ def without(tensors, name):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "mamba"}, r"model_type='mamba'; known are llama, qwen2, qwen3"),
+        ({"model_type": "mamba"}, r"model_type='mamba'; known are llama, mistral, qwen2"),
         ({"model_type": None}, "known are"),
         ({"hidden_size": None}, "lacks hidden_size"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"attention_bias": True}, "attention_bias=True"),
-        ({"layer_types": ["sliding_attention"]}, "sliding_attention"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3.*scales positions"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "yarn"),
-        ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "full_attention"),
+        ({"model_type": "gemma3"}, "only the text model"),
+        ({"hidden_act": "relu"}, "hidden_act='relu'.*silu"),
+        ({"pretraining_tp": 2}, "pretraining_tp=2"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "gptq.*plain weights"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3.*lacks low_freq_factor"),
+        ({"rope_scaling": {"type": "linear"}}, "linear.*lacks factor"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "yarn.*default, linear"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "differs by kind of layer"),
+        (
+            {"architectures": ["LlamaForTokenClassification"], "id2label": {"0": "a", "1": "b"}},
+            "2 labels; wanted 1",
+        ),
     ],
 )
 def test_configs_we_cannot_honour_are_refused(tmp_path, change, words):

@@ -1,0 +1,121 @@
+"""How rows go through the layers: all at once for training, or with a cache for decoding."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from rlhf_jax.models.blocks import Block, Sight, write_columns
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.rope import rope
+from rlhf_jax.types import Array, Cache
+
+Columns = Int[Array, "B S"] | Int[Array, "1 S"]
+
+
+def sights(
+    config: ModelConfig,
+    positions: Int[Array, "B S"],
+    columns: Columns,
+    attend: Bool[Array, "B S C"],
+) -> tuple[Sight | None, Sight | None]:
+    """What layers without and layers with a window look at; None for a kind that no layer is of.
+
+    Args:
+        columns: where each token lies. The window counts columns, which is the same as counting
+            tokens: no padding lies between the tokens of a row.
+        attend: what is there to be seen without a window.
+    """
+    rotary = config.positions == "rope"
+    full = near = None
+    if not all(config.local):
+        full = Sight(rope(positions, config) if rotary else None, attend)
+    if any(config.local):
+        first = columns - config.window + 1
+        inside = jnp.arange(attend.shape[2])[None, None] >= first[:, :, None]
+        angles = rope(positions, config, local=True) if rotary else None
+        near = Sight(angles, attend & inside)
+    return full, near
+
+
+def full_pass(
+    config: ModelConfig,
+    block: Block,
+    layers: Any,
+    x: Float[Array, "B S D"],
+    positions: Int[Array, "B S"],
+    mask: Bool[Array, "B S"],
+) -> Float[Array, "B S D"]:
+    """All layers on whole rows: scanned where stacked, in a Python loop where a list."""
+    length = mask.shape[1]
+    check_positions(config, length)
+    causal = jnp.tril(jnp.ones((length, length), bool))
+    both = sights(config, positions, jnp.arange(length)[None], mask[:, None, :] & causal[None])
+
+    def step(x, layer_and_kind):
+        layer, local = layer_and_kind
+        x, _ = block.apply({"params": layer}, x, _choose(both, local))
+        return x, None
+
+    if config.remat != "none":
+        policies = jax.checkpoint_policies
+        policy = {
+            "full": policies.nothing_saveable,
+            "dots": policies.dots_with_no_batch_dims_saveable,
+        }[config.remat]
+        # Inside a scan the loop already keeps the recomputation apart.
+        step = jax.checkpoint(step, policy=policy, prevent_cse=isinstance(layers, list))
+    local = jnp.array(config.local)
+    if isinstance(layers, list):
+        for layer, kind in zip(layers, local, strict=True):
+            x, _ = step(x, (layer, kind))
+        return x
+    x, _ = jax.lax.scan(step, x, (layers, local))
+    return x
+
+
+def _choose(both: tuple[Sight | None, Sight | None], local: Bool[Array, ""]) -> Sight:
+    """The sight of one layer; where all layers are of one kind there is nothing to select."""
+    full, near = both
+    if full is None or near is None:
+        return near if full is None else full
+    return jax.tree.map(lambda a, b: jnp.where(local, b, a), full, near)
+
+
+def cached_pass(
+    config: ModelConfig,
+    block: Block,
+    layers: Any,
+    x: Float[Array, "B S D"],
+    positions: Int[Array, "B S"],
+    mask: Bool[Array, "B S"],
+    cache: Cache,
+) -> tuple[Float[Array, "B S D"], Cache]:
+    """Layers one by one: writes the new columns of the cache and attends to all before."""
+    if not isinstance(layers, list):
+        raise ValueError("a cache needs params from model.unstack(params), made before the loop")
+    size = mask.shape[1]
+    columns = write_columns(cache.mask, mask, cache.length, axis=1)
+    here = jnp.reshape(cache.length, (-1, 1)) + jnp.arange(size)[None]  # [B S], or [1 S]
+    earlier = jnp.arange(columns.shape[1])[None, None] <= here[:, :, None]
+    both = sights(config, positions, here, columns[:, None, :] & earlier)
+    keys, values = [], []
+    past = zip(cache.keys, cache.values, strict=True)
+    for layer, local, pair in zip(layers, config.local, past, strict=True):
+        x, (new_keys, new_values) = block.apply(
+            {"params": layer}, x, both[local], pair, cache.length
+        )
+        keys.append(new_keys)
+        values.append(new_values)
+    cache = Cache(keys=tuple(keys), values=tuple(values), mask=columns, length=cache.length + size)
+    return x, cache
+
+
+def check_positions(config: ModelConfig, length: int) -> None:
+    """Raises a ValueError for rows longer than the table of learned positions."""
+    if config.positions == "learned" and length > config.max_positions:
+        raise ValueError(
+            f"rows of {length} tokens, but the model has learned {config.max_positions} positions "
+            "(model.max_positions); shorten prompts or completions"
+        )

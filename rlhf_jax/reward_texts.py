@@ -1,0 +1,107 @@
+"""Which learned rewards do not read the policy's tokens, and how texts are written for them."""
+
+import logging
+import pathlib
+from collections.abc import Mapping
+
+from ml_collections import ConfigDict
+
+from rlhf_jax import base_files, build, roles, run_folder
+from rlhf_jax.data.forms import Form
+from rlhf_jax.models.hub import local_folder
+from rlhf_jax.rewards.translated import Writer
+from rlhf_jax.schema import within
+from rlhf_jax.text.steps import token_tables
+from rlhf_jax.text.tokenizer import Tokenizer, load_tokenizer
+
+_log = logging.getLogger(__name__)
+_KEYS = ("tokenizer", "template", "chat", "max_prompt", "max_tokens")
+
+
+def own_tokenizers(config: ConfigDict, text: Tokenizer) -> dict[str, Tokenizer]:
+    """The tokenizers of learned rewards that are not the policy's, by label.
+
+    A reward's section may name one; else it is that of the folder that the reward starts from.
+
+    Raises:
+        ValueError: a tokenizer that cannot be loaded, or keys of one where there is no need.
+    """
+    found = {}
+    for label, section in config.rewards.items():
+        path = f"rewards.{label}"
+        learned = build.reward_model(section) is not None
+        name = section.get("tokenizer", "")
+        if learned and not name:
+            with within(f"{path}.init_from"):
+                name = _folders_tokenizer(section.get("init_from", ""))
+        if learned and name and name != config.data.tokenizer:
+            with within(f"{path}.tokenizer"):
+                own = load_tokenizer(name)
+            if not same_tokens(own, text):
+                found[label] = own
+                _log.info(
+                    "%s reads the tokens of %s, the policy writes those of %s: its texts are "
+                    "decoded and encoded again on the host",
+                    path, name, config.data.tokenizer,
+                )  # fmt: skip
+        odd = [key for key in _KEYS if key in section and label not in found]
+        if odd:
+            raise ValueError(
+                f"{path}.{odd[0]} is set, but the reward reads the policy's tokens; leave it out"
+            )
+    return found
+
+
+def same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether two tokenizers give the same meaning to the same ids."""
+    return (
+        one.vocab_size == other.vocab_size
+        and one.eos_ids == other.eos_ids
+        and one.token_texts() == other.token_texts()
+    )
+
+
+def _folders_tokenizer(folder: str) -> str:
+    """The tokenizer of a model's folder; empty where it has none, or is not there yet."""
+    if not folder:
+        return ""
+    folder = local_folder(folder)
+    if roles.is_hf_folder(folder):
+        return folder if base_files.has_tokenizer(pathlib.Path(folder)) else ""
+    path = pathlib.Path(folder) / "config.json"
+    data = run_folder.read_json(path).get("data", {}) if path.is_file() else {}
+    return data.get("tokenizer", "")
+
+
+def writers(
+    config: ConfigDict, own: Mapping[str, Tokenizer], vocab_sizes: Mapping[str, int]
+) -> dict[str, Writer]:
+    """How texts are written for the rewards of `own`, by label.
+
+    Args:
+        vocab_sizes: of their models.
+
+    Raises:
+        ValueError: a template that does not fit the tokenizer.
+    """
+    made = {}
+    for label, tokenizer in own.items():
+        section = config.rewards[label]
+        asked = {
+            key: section.get(key) for key in ("template", "chat") if section.get(key) is not None
+        }
+        form = asked or {key: config.data.get(key) for key in ("template", "chat")}
+        with within(f"rewards.{label}"):
+            written = Form(tokenizer, template=form.get("template"), chat=form.get("chat")).written
+
+        def write(record, completion, truncated, written=written):
+            row = written(record, completion, truncated=truncated)
+            return row.tokens, row.prompt
+
+        made[label] = Writer(
+            write=write,
+            tables=token_tables(tokenizer, vocab_size=vocab_sizes[label]),
+            max_prompt=section.get("max_prompt", config.data.max_prompt),
+            max_tokens=section.get("max_tokens", config.rollout.max_tokens),
+        )
+    return made

@@ -40,10 +40,10 @@ def test_partition_cuts_adapters_and_heads_from_the_base():
     trainable, frozen = partition(params, model.config)
     assert paths(trainable) | paths(frozen) == paths(params)
     assert not paths(trainable) & paths(frozen)
-    assert {p.split("'")[-2] for p in paths(trainable)} == {"lora_a", "lora_b", "kernel", "bias"}
+    assert {p.split("'")[-2] for p in paths(trainable)} == {"lora_a", "lora_b", "kernel"}
     assert all("lora" in p or p.startswith("['heads']") for p in paths(trainable))
     assert not any("lora" in p or "heads" in p for p in paths(frozen))
-    assert len(paths(trainable)) == 2 * len(PROJECTIONS) + 2
+    assert len(paths(trainable)) == 2 * len(PROJECTIONS) + 1
     jax.tree.map(np.testing.assert_array_equal, join(trainable, frozen), params)
     # The base belongs to a plain model of the same size.
     base = base_of(model)

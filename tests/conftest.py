@@ -35,7 +35,15 @@ def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="run the slow tests too")
 
 
+# The files that take longest come first, or one worker would end alone with one of them.
+LONGEST = (
+    "notebook_test.py", "run_test.py", "aot_tpu_test.py", "stories_test.py", "bad_folder_test.py"
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(config, items):
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
     for item in items:
         if "slow" in item.keywords and not config.getoption("--all"):
             item.add_marker(pytest.mark.skip(reason="slow; run with --all"))

@@ -77,6 +77,9 @@ def write_summary(folder, **numbers):
     (folder / "summary.json").write_text(json.dumps(facts | numbers))
 
 
+EDGES = {"low": -0.03, "high": 0.04}  # of intervals, so that differences are known to 0.05
+
+
 def test_the_page_holds_the_gains_of_every_seed(tmp_path):
     names = ("pair_accuracy", "longer_wins", "shorter_wins", "correctness_auc")
     outcome = {f"outcome_model/{name}": 0.75 for name in names}
@@ -90,7 +93,8 @@ def test_the_page_holds_the_gains_of_every_seed(tmp_path):
             for stage, share in (("sft", 0.25), ("policy", 0.75))
             for name in ("accuracy", "greedy_accuracy")
         }
-        numbers = {**outcome, **process, **accuracies, "policy/kl": 1.5}
+        edges = {f"{k}_{edge}": v + d for k, v in accuracies.items() for edge, d in EDGES.items()}
+        numbers = {**outcome, **process, **accuracies, **edges, "policy/kl": 1.5}
         write_summary(tmp_path / run.name, **numbers)
     policy = tmp_path / "low_kl_0" / "policy"
     policy.mkdir()
@@ -100,8 +104,9 @@ def test_the_page_holds_the_gains_of_every_seed(tmp_path):
     ]
     (policy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = quickstart_page.page(tmp_path, [0, 1], "the command")
-    assert "| gain, sampling (points) | +50.0 | +50.0 |" in text
-    assert "| policy, greedy | 0.750 | 0.875 |" in text
-    assert "| 20 % more fine-tuning, greedy | +0.0 | +0.0 |" in text
-    assert "| shuffled labels, sampling | +50.0 | not run |" in text
+    assert "| gain, sampling (points) | +50.0 (+45.0 to +55.0) | +50.0 (+45.0 to +55.0) |" in text
+    assert "| policy, greedy | 0.750 (0.720 to 0.790) | 0.875 (0.845 to 0.915) |" in text
+    assert "| 20 % more fine-tuning, greedy | +0.0 (-5.0 to +5.0) | +0.0 (-5.0 to +5.0) |" in text
+    assert "| shuffled labels, sampling | +50.0 (+45.0 to +55.0) | not run |" in text
+    assert "At or above 3 points: shuffled labels, sampling of seed 0, +50.0 (" in text
     assert "| what is paid (`objective/score`) | 2.000 | 7.000 | 7.000 |" in text

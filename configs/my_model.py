@@ -20,6 +20,12 @@ MESH = dict(data=-1, fsdp=1, tensor=1)  # -1: all devices that remain
 RULE = dict(name="exact_match")
 
 
+def types(args: ConfigDict) -> dict:
+    """Of stored weights and of matrix products; adapters are float32 always."""
+    dtype = "float32" if args.small else "bfloat16"
+    return dict(param_dtype=dtype, compute_dtype=dtype)
+
+
 def data(args: ConfigDict, file: str) -> dict:
     """Dialogues through the model's own chat template."""
     return dict(
@@ -55,9 +61,8 @@ def policy(args: ConfigDict) -> dict:
             init_from=args.model,
             lora_rank=16,
             lora_alpha=32.0,
-            param_dtype="float32" if args.small else "bfloat16",
-            compute_dtype="float32" if args.small else "bfloat16",
             remat="full",
+            **types(args),
         ),
         data=data(args, args.prompts),
         extra=dict(),
@@ -78,7 +83,7 @@ def evaluation(args: ConfigDict) -> dict:
     return dict(
         seed=args.get_ref("seed"),
         mesh=MESH,
-        model=dict(init_from=""),
+        model=dict(init_from="", **types(args)),
         policies=dict(before=dict(init_from=args.model), after=dict(init_from="{workdir}/policy")),
         reference="before",
         problems=4 if args.small else 256,

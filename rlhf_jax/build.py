@@ -204,13 +204,13 @@ def rollout(config: ConfigDict, needs: Needs, axes: Mesh, rules: ShardingRules) 
     )
 
 
-def reward_model(section: ConfigDict) -> dict[str, Any] | None:
+def reward_model(section: ConfigDict, path: str = "rewards") -> dict[str, Any] | None:
     """Fields of the model that a reward's factory asks for; None where it asks for none.
 
     A factory that names `model` among its parameters is learned. One with a `head` reads that
     scalar head and needs no LM head; one without reads log-probs.
     """
-    wanted = inspect.signature(member("rewards", "rewards", section)).parameters
+    wanted = inspect.signature(member(path, "rewards", section)).parameters
     if "model" not in wanted:
         return None
     if "head" not in wanted:

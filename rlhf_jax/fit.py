@@ -126,7 +126,8 @@ def create(fit: Fit) -> RunState:
     config = fit.config
     key = step_key(config.seed, Purpose.INIT_POLICY, 0)
     folder = config.model.get("init_from", "")
-    loaded = roles.load(folder, fit.mesh, fit.rules) if folder else {}
+    dtype = fit.described.param_dtype
+    loaded = roles.load(folder, fit.mesh, fit.rules, dtype=dtype) if folder else {}
     params = roles.fill(fit.model, loaded, key, fit.mesh, fit.rules)
     trained, base = partition(params, fit.described)
     return RunState(

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from rlhf_jax import base_files, roles, run_folder
 from rlhf_jax.mesh import ShardingRules
 from rlhf_jax.models.config import DTYPES, ModelConfig
+from rlhf_jax.models.hub import local_folder
 from rlhf_jax.models.load import check_hf, load_hf, read_hf_config
 from rlhf_jax.models.tensors import open_folder
 from rlhf_jax.schema import closest, within
@@ -56,6 +57,7 @@ def open_model(
     """
     if dtype and dtype not in DTYPES:
         raise ValueError(f"--dtype={dtype!r}{closest(dtype, DTYPES)}; known: {', '.join(DTYPES)}")
+    folder = local_folder(folder, f"--model={folder!r}")
     if not pathlib.Path(folder).is_dir():
         raise ValueError(f"--model={folder!r} is not a folder")
     with within(f"--model={folder!r}"):

@@ -177,6 +177,9 @@ def describe_models(
             described["value"] = dataclasses.replace(described[f"reward/{start}"], **changes)
         else:
             start = "" if start == "policy" else start
+            adapters = roles.adapters_on(start, config.model)
+            if adapters is not None:
+                changes |= {name: getattr(adapters, name) for name in roles.ADAPTERS}
             described["value"] = _start("value", start, policy, vocab_size, changes)
     return described
 

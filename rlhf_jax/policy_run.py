@@ -102,13 +102,15 @@ def start(plan: PolicyPlan) -> tuple[PolicyRun, RunState]:
     config, mesh, rules, models = plan.config, plan.mesh, plan.rules, plan.models
     key = step_key(config.seed, Purpose.INIT_POLICY, 0)
     folder = config.model.get("init_from", "")
-    loaded = roles.load(folder, mesh, rules) if folder else {}
+    dtype = models.policy.config.param_dtype
+    loaded = roles.load(folder, mesh, rules, dtype=dtype) if folder else {}
     policy = roles.fill(models.policy, loaded, key, mesh, rules)
+    del loaded  # a second copy of the model
     trained, base = partition(policy, models.policy.config)
     learned = _reward_params(plan, policy, base)
     params = {"policy": trained}
     if models.value is not None:
-        params["value"] = _value_params(plan, policy, learned)
+        params["value"] = _value_params(plan, policy, base, learned)
     reference = base
     if models.reference is not None and not base:
         reference = roles.fill(models.reference, policy, key, mesh, rules)
@@ -131,7 +133,8 @@ def _reward_params(plan: PolicyPlan, policy: Params, base: Params) -> dict[str, 
     """Parameters of the learned rewards by label, of those on the policy's base adapters and heads
     alone; a folder that two rewards name is read once."""
     place = (plan.mesh, plan.rules)
-    load = functools.cache(lambda folder: roles.load(folder, *place))
+    dtype = plan.described["policy"].param_dtype
+    load = functools.cache(lambda folder: roles.load(folder, *place, dtype=dtype))
     load_adapters = functools.cache(
         lambda folder, path: roles.load_adapters(folder, path, base, *place)
     )
@@ -151,13 +154,18 @@ def _reward_params(plan: PolicyPlan, policy: Params, base: Params) -> dict[str, 
     return learned
 
 
-def _value_params(plan: PolicyPlan, policy: Params, learned: Mapping[str, Params]) -> Params:
+def _value_params(
+    plan: PolicyPlan, policy: Params, base: Params, learned: Mapping[str, Params]
+) -> Params:
     """What trains of the value model."""
     begin = plan.config.value.init_from
     if begin == "policy":
         known = policy
     elif begin in learned:
         known = roles.rename_head(learned[begin], "value")
+    elif plan.models.value.config.lora_rank:
+        adapters = roles.load_adapters(begin, "value", base, plan.mesh, plan.rules)
+        known = roles.rename_head(adapters, "value")
     else:
         known = roles.rename_head(roles.load(begin, plan.mesh, plan.rules), "value")
     key = step_key(plan.config.seed, Purpose.INIT_VALUE, 0)

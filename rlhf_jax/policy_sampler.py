@@ -167,7 +167,8 @@ class PolicySampler:
         """The policy's parameters; read once."""
         if self._params is None:
             config, rules = self._config, self._model.rules
-            loaded = roles.load(config.model.init_from, self._mesh, rules)
+            dtype = self._model.config.param_dtype
+            loaded = roles.load(config.model.init_from, self._mesh, rules, dtype=dtype)
             key = step_key(config.seed, Purpose.INIT_POLICY, 0)
             self._params = roles.fill(self._model, loaded, key, self._mesh, rules)
         return self._params

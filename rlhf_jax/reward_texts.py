@@ -29,7 +29,7 @@ def own_tokenizers(config: ConfigDict, text: Tokenizer) -> dict[str, Tokenizer]:
     found = {}
     for label, section in config.rewards.items():
         path = f"rewards.{label}"
-        learned = build.reward_model(section) is not None
+        learned = build.reward_model(section, path) is not None
         name = section.get("tokenizer", "")
         if learned and not name:
             with within(f"{path}.init_from"):
@@ -54,11 +54,7 @@ def own_tokenizers(config: ConfigDict, text: Tokenizer) -> dict[str, Tokenizer]:
 
 def same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
     """Whether two tokenizers give the same meaning to the same ids."""
-    return (
-        one.vocab_size == other.vocab_size
-        and one.eos_ids == other.eos_ids
-        and one.token_texts() == other.token_texts()
-    )
+    return one.vocab_size == other.vocab_size and one.token_texts() == other.token_texts()
 
 
 def _folders_tokenizer(folder: str) -> str:

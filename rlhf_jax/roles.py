@@ -135,13 +135,18 @@ def check_heads(path: str, folder: str, wanted: tuple[str, ...]) -> None:
         raise ValueError(f"{path} reads head {missing[0]!r}, but {folder} has {sorted(heads)}")
 
 
-def load(folder: str, mesh: Mesh, rules: ShardingRules) -> Params:
-    """The plain parameters (adapters merged) of a Hugging Face or run folder, sharded."""
+def load(folder: str, mesh: Mesh, rules: ShardingRules, *, dtype: str = "") -> Params:
+    """The plain parameters (adapters merged) of a Hugging Face or run folder, sharded.
+
+    Args:
+        dtype: in which a Hugging Face folder is loaded; empty is float32. Runs keep their own.
+    """
     folder = local_folder(folder)
     if is_adapter_folder(folder):
         return load_peft(folder, mesh, rules)[1]
     if is_hf_folder(folder):
-        return load_hf(folder, mesh, rules)[1]
+        overrides = {"param_dtype": dtype} if dtype else {}
+        return load_hf(folder, mesh, rules, overrides=overrides)[1]
     role = trained_role(folder)
     params = load_role(folder, role, mesh, rules)
     return merge_lora(params, run_folder.read_models(folder)[role])
@@ -201,7 +206,7 @@ def adapters_on(folder: str, policy: ConfigDict) -> ModelConfig | None:
     model = run_folder.read_models(folder)[trained_role(folder)]
     if not model.lora_rank or not path.exists():
         return None
-    began = run_folder.read_json(path)["model"]["init_from"]
+    began = run_folder.read_json(path).get("model", {}).get("init_from", "")
     same = began and pathlib.Path(began).resolve() == pathlib.Path(start).resolve()
     return model if same else None
 
@@ -246,8 +251,9 @@ def fill(model: Model, known: Params, key: jax.Array, mesh: Mesh, rules: Shardin
 def _fill(model, known, axes, key, mesh, rules) -> Params:
     missing = _without(axes, known)
     # A copy even where nothing is cast: donating one tree must not delete the other.
-    dtype = model.config.param_dtype
-    kept = jax.tree.map(lambda x: jnp.copy(x).astype(dtype), _only(known, axes))
+    kept = _only(known, axes)
+    shapes = _only(jax.eval_shape(model.init, jax.random.key(0)), kept)
+    kept = jax.tree.map(lambda x, shape: jnp.copy(x).astype(shape.dtype), kept, shapes)
     if not missing:
         return kept
     fresh = shard_init(lambda k: _only(model.init(k), missing), key, mesh, rules, missing)

@@ -32,12 +32,15 @@ class Iteration(NamedTuple):
     metrics: Metrics
 
 
-def score_host(run: PolicyRun, rewards: dict, rollouts: Rollouts) -> tuple[Scores | None, dict]:
+def score_host(
+    run: PolicyRun, rewards: dict, base: Params, rollouts: Rollouts
+) -> tuple[Scores | None, dict]:
     """Scores of the host rewards, None where there are none; and all reward states."""
     if "host" not in run.rewards:
         return None, rewards
-    scores, host = run.rewards["host"].score(rewards["host"], rollouts)
-    return scores, {**rewards, "host": host}
+    lent = lend_base(rewards["host"], base)
+    scores, host = run.rewards["host"].score(lent, rollouts)
+    return scores, {**rewards, "host": lend_base(host, {})}
 
 
 def score_device(
@@ -71,7 +74,7 @@ def collect(run: PolicyRun, state: RunState, step: int) -> tuple[Rollouts, Score
         key = step_key(seed, Purpose.SAMPLE, step * sizes.max_draws + attempt)
         rollouts = run.sample(state, position, key)
         device, rewards = score_device(run, rewards, state.reference, rollouts)
-        host, rewards = score_host(run, rewards, rollouts)
+        host, rewards = score_host(run, rewards, state.reference, rollouts)
         batch = (rollouts, join_scores(device, host))
         position += sizes.prompts
         fresh = run.steps.select(batch[1])
@@ -93,7 +96,9 @@ def iterate(run: PolicyRun, state: RunState, step: int) -> tuple[RunState, Itera
         rollouts = run.sample(state, position, key)
         device, rewards = score_device(run, state.rewards, state.reference, rollouts)
         outputs = run.steps.evaluate(state.train.params, frozen, rollouts)
-        host, rewards = score_host(run, rewards, rollouts)  # overlaps with the two above
+        host, rewards = score_host(
+            run, rewards, state.reference, rollouts
+        )  # overlaps with the two above
         scores = join_scores(device, host)
         state = run.advance(state, rewards=rewards, position=position + sizes.prompts)
     else:

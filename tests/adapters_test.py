@@ -81,7 +81,7 @@ def test_every_role_is_adapters_on_one_base(folders, tmp_path):
     device = start.rewards["device"]
     outcome, process = device["outcome"]["inner"], device["process"]
     for state in (outcome, process):
-        assert state["base"] == {}
+        assert state["lent_base"] == {}
         assert leaf_names(state["params"]) == {"lora_a", "lora_b", "kernel", "bias"} or (
             leaf_names(state["params"]) == {"lora_a", "lora_b", "kernel"}
         )
@@ -105,7 +105,7 @@ def test_every_role_is_adapters_on_one_base(folders, tmp_path):
     full = policy_config(base, reward)
     full.model.lora_rank = 0
     whole, begun = policy_run.start(make_plan(full))
-    assert "base" not in begun.rewards["device"]["process"]
+    assert "lent_base" not in begun.rewards["device"]["process"]
     wanted, _ = score_device(whole, begun.rewards, {}, rollouts)
     for part in ("outcome", "process"):
         np.testing.assert_allclose(scores.parts[part], wanted.parts[part], atol=1e-4)
@@ -132,7 +132,7 @@ def test_the_policy_starts_as_its_base_bit_for_bit(folders):
 def test_adapters_on_another_base_have_a_tree_of_their_own(folders):
     _, reward, other = folders
     run, state = policy_run.start(make_plan(policy_config(other, reward)))
-    assert "base" not in state.rewards["device"]["process"]
+    assert "lent_base" not in state.rewards["device"]["process"]
     assert "table" in leaf_names(state.rewards["device"]["process"]["params"])
     # The critic starts from it, so it is whole too.
     assert "table" in leaf_names(state.train.params["value"])
@@ -183,8 +183,11 @@ def test_trainable_parameters_are_counted_exactly(tmp_path):
 
 
 def test_lending_touches_only_the_places_kept_for_it():
-    state = {"a": {"inner": {"params": {"x": 1}, "base": {}}, "mean": 2}, "b": {"params": {"y": 3}}}
+    state = {
+        "a": {"inner": {"params": {"x": 1}, "lent_base": {}}, "mean": 2},
+        "base": {"params": {"y": 3}},
+    }
     lent = lend_base(state, {"w": 4})
-    assert lent["a"] == {"inner": {"params": {"x": 1}, "base": {"w": 4}}, "mean": 2}
-    assert lent["b"] == state["b"]
+    assert lent["a"] == {"inner": {"params": {"x": 1}, "lent_base": {"w": 4}}, "mean": 2}
+    assert lent["base"] == state["base"]
     assert lend_base(lent, {}) == state

@@ -108,8 +108,13 @@ class Projection(nn.Module):
         return y
 
     def _product(self, x, name, init, shape, axes):
-        """x · W with operands in the compute type, the result in `dtype`."""
-        weight = self.param(name, init, shape, jnp.dtype(self.config.param_dtype))
+        """x · W with operands in the compute type, the result in `dtype`.
+
+        Adapters are stored as float32 whatever the base is: they are small, and steps that train
+        them would be lost in the rounding of bfloat16.
+        """
+        stored = "float32" if name.startswith("lora_") else self.config.param_dtype
+        weight = self.param(name, init, shape, jnp.dtype(stored))
         compute = jnp.dtype(self.config.compute_dtype)
         return jnp.tensordot(
             x.astype(compute), weight.astype(compute), axes, preferred_element_type=self.dtype

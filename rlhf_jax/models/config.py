@@ -42,7 +42,7 @@ class ModelConfig:
         tie_embeddings: logits are made with the embedding table.
         lm_head: False gives a model without logits (value and reward models).
         score_heads: names of scalar heads, one number per token each.
-        param_dtype: type of the stored parameters.
+        param_dtype: type of the stored parameters; that of adapters is always float32.
         compute_dtype: type of matrix products; residual stream, norms, softmax, RoPE, logits
             and scores stay float32.
         remat: what a backward pass keeps per layer: "none" recomputes nothing, "dots" keeps

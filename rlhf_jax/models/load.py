@@ -155,7 +155,10 @@ def _find_leaves(
     folder: pathlib.Path, config: ModelConfig, family: Family, shapes: Mapping[str, Any]
 ) -> dict[str, _Found]:
     """Every leaf that the folder holds; all names and shapes are checked."""
-    tensors, stored = with_prefix(open_folder(folder), family.prefix), _stored_heads(folder)
+    tensors, stored = (
+        with_prefix(open_folder(folder, family.ignored), family.prefix),
+        _stored_heads(folder),
+    )
     if "value" in stored:
         tensors |= open_tensors(folder / VALUE_HEAD)
     table = all_names(family, config)

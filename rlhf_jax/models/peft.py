@@ -94,7 +94,7 @@ def save_peft(
         role: "policy", "outcome" or "process".
         base: what adapter_config.json names as the model that the adapters change.
         published: that model's config.json; empty for the family that can be exactly this one.
-        dtype: of the tensors; empty keeps `config.param_dtype`.
+        dtype: of the tensors; empty is float32, in which adapters train.
         files: other small files of the folder by name.
 
     Raises:
@@ -131,7 +131,7 @@ def save_peft(
     for path, theirs in heads.items():
         shape = layout(path, leaves[path].shape, theirs).shape
         tensors[f"{_PREFIX}{theirs.name}"] = fetch_host(leaves[path]).reshape(shape)
-    tensors = {n: cast(n, array, dtype or config.param_dtype) for n, array in tensors.items()}
+    tensors = {n: cast(n, array, dtype or "float32") for n, array in tensors.items()}
     settings = _settings(family, config, modules, base, TASKS[role], heads.values())
     with drafted(folder) as draft:
         write_safetensors(draft / WEIGHTS, tensors)

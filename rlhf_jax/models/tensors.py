@@ -33,8 +33,11 @@ VALUE_HEAD = "value_head.safetensors"  # ours: beside a bare decoder
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
-def open_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+def open_tensors(path: pathlib.Path, ignored: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
     """Every tensor of one .safetensors file as a view of the mapped file.
+
+    Args:
+        ignored: endings of tensors to leave out.
 
     Raises:
         ValueError: no safetensors file, cut short, or with tensors that are not floats.
@@ -50,6 +53,8 @@ def open_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
+        if name.endswith(ignored):
+            continue
         if entry["dtype"] not in DTYPES:
             raise ValueError(
                 f"{path}: {name} is {entry['dtype']}; wanted one of {', '.join(DTYPES)}"
@@ -60,7 +65,7 @@ def open_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def open_folder(folder: pathlib.Path) -> dict[str, np.ndarray]:
+def open_folder(folder: pathlib.Path, ignored: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
     """Tensors of model.safetensors, or of all the files that its index names.
 
     Raises:
@@ -82,7 +87,7 @@ def open_folder(folder: pathlib.Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{folder} lacks {', '.join(absent)}{reason}")
     tensors: dict[str, np.ndarray] = {}
     for name in names:
-        tensors.update(open_tensors(folder / name))
+        tensors.update(open_tensors(folder / name, ignored))
     return tensors
 
 

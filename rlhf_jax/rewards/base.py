@@ -36,11 +36,11 @@ __all__ = [
 ]
 
 Weighted = Mapping[str, tuple[Reward, float | int]]
-_BASE = "base"
+_BASE = "lent_base"  # no label of a reward
 
 
 def learned_state(model: Model, params: Params) -> dict[str, Params]:
-    """The state of a reward that is a model: {"params", "base"}.
+    """The state of a reward that is a model: {"params", "lent_base"}.
 
     With adapters `params` are these and the heads, and the base under them is not the reward's
     own: it is lent for a call (`lend_base`) and kept nowhere else. Without, it stays empty.

@@ -33,7 +33,7 @@ def outcome_model(
 
     def score(state, rollouts):
         output = evaluate_completions(
-            model, state["params"], state.get("base", {}), rollouts, temperature=1.0, rows=rows
+            model, state["params"], state.get("lent_base", {}), rollouts, temperature=1.0, rows=rows
         )
         at_end = masked_sum(output.scores[head], last_true(rollouts.mask), axis=-1)
         return outcome_scores("outcome_model", at_end.astype(jnp.float32), rollouts), state

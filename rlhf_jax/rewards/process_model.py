@@ -101,7 +101,7 @@ def process_model(
 
     def score(state, rollouts):
         output = evaluate_completions(
-            model, state["params"], state.get("base", {}), rollouts, temperature=1.0, rows=rows
+            model, state["params"], state.get("lent_base", {}), rollouts, temperature=1.0, rows=rows
         )
         ends = rollouts.step_ends & rollouts.mask
         paid = TRANSFORMS[transform](

@@ -13,6 +13,33 @@ OPTIONS = {
     "qwen": dict(qkv_bias=True, qk_norm=True, tie_embeddings=False, kv_heads=1),
     "heads": dict(score_heads=("value", "outcome", "process"), lm_head=False),
     "lora": dict(lora_rank=2, score_heads=("value",), qkv_bias=True, remat="full"),
+    "lora, bfloat16": dict(lora_rank=2, param_dtype="bfloat16", compute_dtype="bfloat16"),
+    "gemma": dict(
+        norm="rms_plus_one",
+        post_norms=True,
+        activation="gelu_tanh",
+        window=3,
+        qk_norm=True,
+        local_layers=(True, False),
+        rope_theta_local=50.0,
+        attention_softcap=5.0,
+        logit_softcap=4.0,
+        embed_scale=8.0,
+        score_heads=("value",),
+    ),
+    "gpt2": dict(
+        norm="layer",
+        positions="learned",
+        max_positions=16,
+        gated_mlp=False,
+        mlp_bias=True,
+        output_bias=True,
+        qkv_bias=True,
+        activation="gelu",
+        remat="full",
+        kv_heads=4,
+    ),
+    "glm": dict(rope_fraction=0.5, rope_interleaved=True, post_norms=True, rope_scaling="linear"),
     "bfloat16": dict(param_dtype="bfloat16", compute_dtype="bfloat16", remat="dots"),
 }
 
@@ -25,13 +52,14 @@ def model_and_params(request):
 def test_axes_name_every_dimension(model_and_params):
     model, params = model_and_params
 
-    def check(leaf, axes):
+    def check(path, leaf, axes):
         assert len(axes) == leaf.ndim
         assert all(name in vars(model.rules) for name in axes)
         assert jnp.issubdtype(leaf.dtype, jnp.floating)
-        assert leaf.dtype == jnp.dtype(model.config.param_dtype)
+        adapter = path[-1].key.startswith("lora_")
+        assert leaf.dtype == jnp.dtype("float32" if adapter else model.config.param_dtype)
 
-    jax.tree.map(check, params, model.axes())
+    jax.tree_util.tree_map_with_path(check, params, model.axes())
 
 
 def test_causal_and_the_cache_continues_the_full_pass(model_and_params):

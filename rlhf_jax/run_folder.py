@@ -74,7 +74,7 @@ def prepare(workdir: str, config: ConfigDict, models: dict[str, ModelConfig]) ->
     if jax.process_index() == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        except OSError as error:
             raise ValueError(f"workdir {folder} cannot be made: {error.strerror}") from error
         write_json(path, json.loads(config_text(config)))
         write_models(folder, models)

@@ -2,7 +2,7 @@
 
     python -m rlhf_jax.train_reward --config=configs/X.py --workdir=DIR
 
-One trunk with the scalar heads of ``model.score_heads``: "outcome" scores a text at its last
+One trunk with the scalar heads of ``reward.score_heads``: "outcome" scores a text at its last
 token, "process" every step at its end. A single head of any name does both.
 """
 

@@ -25,7 +25,7 @@ _ROWS = ("batch", "length", None)
 # Logical axes of each leaf by its module and name; leaves of a stacked layer get "layers" first.
 _AXES = {
     "embed/table": ("vocab", "embed"),
-    "positions/table": (None, "embed"),
+    "positions/table": ("length", "embed"),
     "unembed/kernel": ("embed", "vocab"),
     "query/kernel": ("embed", "heads", "head_dim"),
     "query/bias": ("heads", "head_dim"),

@@ -61,7 +61,7 @@ def open_manager(workdir: str | os.PathLike, *, keep: int, every: int) -> Manage
     """
     if keep < 1 or every < 1:
         raise ValueError(f"checkpoint: keep={keep}, every={every}, wanted 1 or more of both")
-    folder = pathlib.Path(workdir).absolute() / _FOLDER
+    folder = _whole_path(workdir) / _FOLDER
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; a run keeps its checkpoints there")
     _set_incomplete_aside(folder)
@@ -72,6 +72,11 @@ def open_manager(workdir: str | os.PathLike, *, keep: int, every: int) -> Manage
         enable_async_checkpointing=True,
     )
     return Manager(orbax=ocp.CheckpointManager(folder, options=options), folder=folder, every=every)
+
+
+def _whole_path(path: str | os.PathLike) -> pathlib.Path:
+    """The path from the root, without "..": it can be written to with it, but not read from."""
+    return pathlib.Path(os.path.abspath(path))
 
 
 def _set_incomplete_aside(folder: pathlib.Path) -> None:
@@ -216,7 +221,7 @@ def restore_subtree(workdir: str | os.PathLike, path: tuple[str, ...], target: A
     Raises:
         ValueError: naming the folder, if it has no checkpoint or not this part.
     """
-    step = check_newest(workdir).absolute()
+    step = check_newest(workdir)
     manifest = json.loads((step / _MANIFEST / "metadata").read_text())
     prefix = "/".join(path)
     wanted = {f"{prefix}/{name}": leaf for name, leaf in _named(target).items()}
@@ -241,7 +246,7 @@ def check_newest(workdir: str | os.PathLike) -> pathlib.Path:
     Raises:
         ValueError: naming the folder, if there is no checkpoint or the newest one is not whole.
     """
-    folder = pathlib.Path(workdir) / _FOLDER
+    folder = _whole_path(workdir) / _FOLDER
     found = folder.iterdir() if folder.is_dir() else ()
     steps = [int(step.name) for step in found if step.name.isdigit()]
     if not steps:

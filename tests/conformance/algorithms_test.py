@@ -1,6 +1,7 @@
 """What every algorithm must do, run over every member of the shelf (defaults, small batch)."""
 
 import dataclasses
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,21 @@ LENGTH, WIDTH, GROUP = 5, 2, 2
 ROWS, PROMPTS = len(LENGTHS), len(LENGTHS) // GROUP
 
 
-@pytest.fixture(params=members("algorithms"))
+README = pathlib.Path(__file__).parents[2] / "README.md"
+
+
+def in_readme():
+    """The example of README's "Add an algorithm", which is held to the same."""
+    section = README.read_text(encoding="utf-8").partition("## Add an algorithm")[2]
+    names = {}
+    exec(section.partition("```python")[2].partition("```")[0], names)
+    return names["foo"]()
+
+
+@pytest.fixture(params=[*members("algorithms"), "the example in README"])
 def algorithm(request):
-    return find("algorithms", request.param)()
+    shelf = request.param in members("algorithms")
+    return find("algorithms", request.param)() if shelf else in_readme()
 
 
 def make_batch(algorithm, *, padding=0.0, lengths=LENGTHS, outcome=None):

@@ -1,5 +1,7 @@
 """A reward model that reads other tokens than the policy: the scores of its own tokens."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,19 +37,20 @@ def policy_rollouts():
         [[*CHARS.encode(text), end] for text in COMPLETIONS],
         group=2,
     )
+    made = changed(made, tokens=np.where(made.mask, made.tokens, CHARS.pad_id))
     ends = mark_host_step_ends(made.tokens, made.mask, token_tables(CHARS))
-    return jax.tree.map(jnp.asarray, with_ends(made, ends))
+    return jax.tree.map(jnp.asarray, changed(made, step_ends=ends))
 
 
-def with_ends(rollouts, ends):
-    fields = {name: getattr(rollouts, name) for name in rollouts.__dataclass_fields__}
-    return type(rollouts)(**fields | {"step_ends": ends})
+def changed(rollouts, **fields):
+    return dataclasses.replace(rollouts, **fields)
 
 
 def byte_rollouts():
     """The same texts in bytes, made apart from the code under test."""
     made = spell(PROMPTS, COMPLETIONS, group=2)
-    return with_ends(made, mark_host_step_ends(made.tokens, made.mask, token_tables(BYTES)))
+    ends = mark_host_step_ends(made.tokens, made.mask, token_tables(BYTES))
+    return changed(made, step_ends=ends)
 
 
 def wrapped(inner, **sizes):

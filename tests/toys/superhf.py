@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from rlhf_jax.algorithms.base import sequence_rewards
 from rlhf_jax.ops import groups, masking
 from rlhf_jax.ops.divergence import kl_estimate
+from rlhf_jax.ops.surrogate import filled
 from rlhf_jax.types import Algorithm, Needs, Targets, Term
 
 
@@ -17,9 +18,11 @@ def superhf(*, kl_coef: float = 0.01) -> Algorithm:
         return Targets(advantages=ones, returns=ones, mask=best), state
 
     def loss(output, experience, targets, group_size):
-        kl = kl_estimate(output.logprobs, experience.ref_logprobs, "k2")
+        mask = experience.rollouts.mask
+        logprobs, reference = filled(mask, output.logprobs, experience.ref_logprobs)
+        kl = kl_estimate(logprobs, reference, "k2")
         return {
-            "nll": Term(weight=1.0, mean=masking.mean_of(-output.logprobs, targets.mask)),
+            "nll": Term(weight=1.0, mean=masking.mean_of(-logprobs, targets.mask)),
             "kl": Term(weight=kl_coef, mean=masking.mean_of(kl, targets.mask)),
         }, {}
 

@@ -113,6 +113,20 @@ def test_a_state_comes_back_bit_for_bit_in_its_own_kinds(tmp_path):
     checkpoint.close(manager)
 
 
+def test_a_path_may_go_up(tmp_path):
+    state = make_state(3)
+    (tmp_path / "here").mkdir()
+    winding = tmp_path / "here" / ".." / "run"
+    checkpoint.close(saved(winding, state))
+    manager = checkpoint.open_manager(winding, keep=5, every=1)
+    assert_same(state, checkpoint.restore(manager, state))
+    checkpoint.close(manager)
+    policy = checkpoint.restore_subtree(
+        str(winding), ("train", "params"), abstract(state).train.params
+    )
+    assert_same(state.train.params, policy)
+
+
 def test_the_mesh_may_differ_from_the_one_that_saved(tmp_path):
     host = make_state(1)
     manager = saved(tmp_path, spread(host, make_mesh({"fsdp": 4}), ("fsdp", None)))

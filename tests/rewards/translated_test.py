@@ -116,7 +116,7 @@ def test_it_is_a_reward_on_the_host_among_others():
     both = combine({"model": (reward, 1.0), "length": (length, 0.5)})
     scores, _ = both.score(both.init(), policy_rollouts())
     np.testing.assert_allclose(
-        scores.outcome, scores.parts["model"] + 0.5 * np.array([3, 4, 2, 7]), atol=1e-5
+        scores.outcome, scores.parts["model"] + 0.5 * np.array([3, 5, 2, 7]), atol=1e-5
     )
 
 

@@ -34,7 +34,7 @@ from rlhf_jax.mesh import ShardingRules, make_mesh
 from rlhf_jax.models.config import DTYPES, ModelConfig
 from rlhf_jax.models.families import architecture, family_of
 from rlhf_jax.models.lora import merge_lora
-from rlhf_jax.models.peft import save_peft
+from rlhf_jax.models.peft import is_adapter_folder, save_peft
 from rlhf_jax.models.save import ROLES, check_empty, json_bytes, published_config, save_hf
 from rlhf_jax.schema import closest, within
 from rlhf_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -169,6 +169,11 @@ def _adapters_base(workdir: str, config: ModelConfig, named: str) -> str:
         raise ValueError(
             f"--adapters: the run began as another run, {start}; export that one and name its "
             "folder with --base"
+        )
+    if is_adapter_folder(start):
+        raise ValueError(
+            f"--adapters: {start} holds adapters, which were merged before these were trained; "
+            "export the whole model (without --adapters), or name such weights' folder by --base"
         )
     return start
 

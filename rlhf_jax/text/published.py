@@ -142,15 +142,15 @@ def load_published(
     if chat_template is not None:
         chat = read_template(chat_template, names)
     eos_ids = _ends(loaded, path, eos_ids, chat, given=chat_template is not None)
-    bos_id, expects_bos = _beginning(loaded)
+    bos_id, before = _beginning(loaded)
     if bos and bos_id is None:
         raise ValueError(f"bos is set, but tokenizer {name!r} names no beginning-of-text token")
     values: dict[str, Any] = dict(
         eos_ids=eos_ids,
         pad_id=loaded.pad_token_id,
         bos_id=bos_id,
-        expects_bos=expects_bos and bos is None,
-        starts=(bos_id,) if bos else (),
+        expects_bos=bool(before) and bos is None,
+        starts=(before or (bos_id,)) if bos else (),
         chat=chat,
         name=name,
     )
@@ -215,15 +215,18 @@ def _own_template(
     return None if found is None else ChatTemplate(found, names, name)
 
 
-def _beginning(loaded: PreTrainedTokenizerBase) -> tuple[int | None, bool]:
-    """The beginning-of-text id, and whether the tokenizer puts it before a text by itself.
+def _beginning(loaded: PreTrainedTokenizerBase) -> tuple[int | None, tuple[int, ...]]:
+    """The beginning-of-text id, and what the tokenizer puts before a text by itself: () if nothing,
+    two ids for GLM-4's "[gMASK]<sop>".
 
     A file that names none may still write one, which then is it.
     """
-    named, first = loaded.bos_token_id, loaded.encode("a")[:1]
-    if named is None and first and first[0] in loaded.added_tokens_decoder:
-        return first[0], True
-    return named, first == [named]
+    whole, bare = loaded.encode("a"), loaded.encode("a", add_special_tokens=False)
+    before = tuple(whole[: len(whole) - len(bare)])
+    while before and whole[len(before) : len(before) + len(bare)] != bare:
+        before = before[:-1]  # something stands behind the text, too
+    named = loaded.bos_token_id
+    return (before[0] if named is None and before else named), before
 
 
 def _ends(

@@ -2,10 +2,12 @@
 
 import gzip
 import json
+import pathlib
 
 import huggingface_hub
 import numpy as np
 import pytest
+import tokenizers
 
 from rlhf_jax.text.published import SlowTokenizer
 from rlhf_jax.text.tokenizer import (
@@ -195,6 +197,16 @@ def test_the_beginning_token_is_written_once(tmp_path):
     # A file that names none but writes one.
     unnamed = load_tokenizer(chats.folder(tmp_path / "u", adds_bos=True))
     assert unnamed.bos_id == chats.BOS and unnamed.expects_bos
+    # GLM-4 writes two, and something may stand behind the text.
+    file = pathlib.Path(chats.folder(tmp_path / "g")) / "tokenizer.json"
+    backend = tokenizers.Tokenizer.from_file(str(file))
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|im_start|> <s> $A </s>",
+        special_tokens=[("<|im_start|>", chats.START), ("<s>", chats.BOS), ("</s>", chats.EOS)],
+    )
+    backend.save(str(file))
+    two = load_tokenizer(str(file.parent), bos=True)
+    assert encode_start(two, "ab") == [chats.START, chats.BOS, *plain.encode("ab")]
     quiet = chats.folder(tmp_path / "q")
     assert not load_tokenizer(quiet).expects_bos
     for name in (quiet, "byte"):

@@ -17,7 +17,7 @@ from rlhf_jax.mesh import ShardingRules
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.transformer import decoder
 from rlhf_jax.reward_texts import own_tokenizers, writers
-from rlhf_jax.rewards.translated import Writer
+from rlhf_jax.rewards.other_tokens import Writer
 from rlhf_jax.schema import check_keys
 from rlhf_jax.text.steps import token_tables
 from rlhf_jax.text.tokenizer import Tokenizer

@@ -14,7 +14,7 @@ from rlhf_jax.models.lora import partition
 from rlhf_jax.models.transformer import decoder
 from rlhf_jax.policy_plan import PolicyPlan
 from rlhf_jax.rewards.base import lend_base
-from rlhf_jax.rewards.translated import translated
+from rlhf_jax.rewards.other_tokens import translated
 from rlhf_jax.sampling.sampler import generate
 from rlhf_jax.training.experience import (
     compile_evaluate,

@@ -13,11 +13,8 @@ os.environ["RLHF_TEST_XLA_LEVEL"] = os.environ.get(
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4 "
     f"--xla_backend_optimization_level={os.environ['RLHF_TEST_XLA_LEVEL']} "
-    # Four simulated devices on two busy cores: XLA aborts the process where one of them comes late,
-    "--xla_cpu_collective_call_terminate_timeout_seconds=300 "
-    # and collectives that hold the threads of one small pool while others wait for a thread never
-    # end; so every device computes on its own thread.
-    "--xla_cpu_multi_thread_eigen=false"
+    # Four simulated devices on two busy cores: XLA aborts the process where one of them comes late.
+    "--xla_cpu_collective_call_terminate_timeout_seconds=300"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"  # a path that is not there may look like a name on the hub

@@ -10,9 +10,9 @@ import pytest
 from rlhf_jax.models.config import named_size
 from rlhf_jax.models.transformer import decoder
 from rlhf_jax.rewards.base import combine, device_reward, host_reward
+from rlhf_jax.rewards.other_tokens import Writer, carry_back, translated
 from rlhf_jax.rewards.outcome_model import outcome_model
 from rlhf_jax.rewards.process_model import process_model
-from rlhf_jax.rewards.translated import Writer, carry_back, translated
 from rlhf_jax.text.steps import mark_host_step_ends, token_tables
 from rlhf_jax.text.tokenizer import ByteTokenizer, CharTokenizer
 from tests.rewards.examples import rollouts_of, spell

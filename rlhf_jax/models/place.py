@@ -121,7 +121,8 @@ def _copy_all(out: np.ndarray, parts: Sequence[np.ndarray], axes: tuple[int, ...
     lead = axes.index(0)  # axes that lay behind and come to the front
     jobs = []
     for whole, part in zip(out.view(bits), (part.view(bits) for part in parts), strict=True):
-        rows = math.prod(part.shape[: len(axes) - lead])
+        kept = len(axes) - lead if lead else 1  # where nothing is turned, rows are whole
+        rows = math.prod(part.shape[:kept])
         source = part.reshape(rows, -1)
         target = whole.reshape(-1, rows).T if lead else whole.reshape(rows, -1)
         jobs += [(target[i : i + _JOB], source[i : i + _JOB]) for i in range(0, rows, _JOB)]

@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 from rlhf_jax import base_files, roles, run_folder
 from rlhf_jax.mesh import ShardingRules
 from rlhf_jax.models.config import DTYPES, ModelConfig
+from rlhf_jax.models.families import family_of
 from rlhf_jax.models.hub import local_folder
-from rlhf_jax.models.load import check_hf, load_hf, read_hf_config
+from rlhf_jax.models.load import check_hf, read_hf_config
 from rlhf_jax.models.tensors import open_folder
 from rlhf_jax.schema import closest, within
 from rlhf_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -77,11 +78,9 @@ def open_model(
 
 def load_params(model: ModelFolder, mesh: Mesh, rules: ShardingRules) -> Params:
     """The parameters in the type of ``model.config``, adapters merged, sharded."""
-    types = dict(param_dtype=model.config.param_dtype, compute_dtype=model.config.compute_dtype)
-    if roles.is_hf_folder(model.path):
-        return load_hf(model.path, mesh, rules, overrides=types)[1]
-    loaded = roles.load(model.path, mesh, rules)
-    return jax.tree.map(lambda leaf: leaf.astype(model.config.param_dtype), loaded)
+    dtype = model.config.param_dtype
+    loaded = roles.load(model.path, mesh, rules, dtype=dtype)
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), loaded)
 
 
 def _read_config(folder: str, dtype: str) -> ModelConfig:
@@ -108,7 +107,7 @@ def _published_dtype(folder: pathlib.Path) -> str:
     named = published.get("dtype") or published.get("torch_dtype")
     if named is None:
         sizes = collections.Counter()
-        for tensor in open_folder(folder).values():
+        for tensor in open_folder(folder, family_of(published).ignored).values():
             sizes[tensor.dtype.name] += tensor.size
         named = sizes.most_common(1)[0][0]
     if named == "float64":  # devices hold at most 32 bits

@@ -135,10 +135,7 @@ def _reward_params(plan: PolicyPlan, policy: Params, base: Params) -> dict[str, 
     place = (plan.mesh, plan.rules)
     dtype = plan.described["policy"].param_dtype
     load = functools.cache(lambda folder: roles.load(folder, *place, dtype=dtype))
-    load_adapters = functools.cache(
-        lambda folder, path: roles.load_adapters(folder, path, base, *place)
-    )
-    learned = {}
+    learned, adapters = {}, {}
     for index, (label, section) in enumerate(plan.config.rewards.items()):
         if f"reward/{label}" not in plan.described:
             continue
@@ -146,8 +143,9 @@ def _reward_params(plan: PolicyPlan, policy: Params, base: Params) -> dict[str, 
         folder = section.get("init_from", "")
         key = step_key(plan.config.seed, Purpose.INIT_REWARD, index)
         if model.config.lora_rank:
-            known = load_adapters(folder, f"rewards.{label}")
-            learned[label] = roles.fill_adapters(model, known, key, *place)
+            if folder not in adapters:
+                adapters[folder] = roles.load_adapters(folder, f"rewards.{label}", base, *place)
+            learned[label] = roles.fill_adapters(model, adapters[folder], key, *place)
         else:
             known = load(folder) if folder else policy
             learned[label] = roles.fill(model, known, key, *place)

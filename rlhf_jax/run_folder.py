@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.load import read_object
 from rlhf_jax.schema import check_call
 from rlhf_jax.training.writer import write_json
 
@@ -104,18 +105,8 @@ def check_workdir(workdir: str, config: ConfigDict) -> None:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        ValueError: naming the file, if it holds something else.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); was it cut short?") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a JSON {type(found).__name__} where an object is wanted")
-    return found
+    """The object in a JSON file; see `models.load.read_object`."""
+    return read_object(path)
 
 
 def barrier(name: str) -> None:

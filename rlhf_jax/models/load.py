@@ -18,7 +18,7 @@ from flax import traverse_util
 from jaxtyping import Key
 
 from rlhf_jax.mesh import ShardingRules, shardings_for
-from rlhf_jax.models.config import DTYPES, ModelConfig
+from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.families import family_of
 from rlhf_jax.models.family import Family, Json, Published
 from rlhf_jax.models.heads import has_bias
@@ -48,6 +48,15 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist; wanted a Hugging Face model folder")
+    return read_object(path)
+
+
+def read_object(path: pathlib.Path) -> dict[str, Any]:
+    """The object in any JSON file that is there.
+
+    Raises:
+        ValueError: naming the file, if it holds something else.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -73,12 +82,6 @@ def _stored_heads(folder: pathlib.Path) -> tuple[str, ...]:
     """The heads that a folder holds; a value head lies beside a bare decoder (`save_hf`)."""
     found = score_heads(read_json(folder / "config.json"))
     return (*found, "value") if (folder / VALUE_HEAD).is_file() else found
-
-
-def stored_dtype(published: Json) -> str:
-    """The type that a published config names; float32 where it names none of ours."""
-    name = published.get("dtype") or published.get("torch_dtype") or "float32"
-    return name if name in DTYPES else "float32"
 
 
 def _read_family(folder: pathlib.Path, overrides: Mapping[str, Any]) -> tuple[ModelConfig, Family]:
@@ -109,10 +112,16 @@ def all_names(family: Family, config: ModelConfig) -> dict[str, Published]:
     """Where each leaf lies, those of scoring heads included."""
     names = dict(family.names)
     for head in config.score_heads:
-        theirs = "value" if head == "value" else family.classifier.get(head, "score")
-        names[f"heads/{head}/kernel"] = Published(f"{theirs}.weight")
-        if has_bias(head):
-            names[f"heads/{head}/bias"] = Published(f"{theirs}.bias")
+        names |= head_names(family, head)
+    return names
+
+
+def head_names(family: Family, head: str) -> dict[str, Published]:
+    """Where the leaves of one scoring head lie."""
+    theirs = "value" if head == "value" else family.classifier.get(head, "score")
+    names = {f"heads/{head}/kernel": Published(f"{theirs}.weight")}
+    if has_bias(head):
+        names[f"heads/{head}/bias"] = Published(f"{theirs}.bias")
     return names
 
 
@@ -155,10 +164,8 @@ def _find_leaves(
     folder: pathlib.Path, config: ModelConfig, family: Family, shapes: Mapping[str, Any]
 ) -> dict[str, _Found]:
     """Every leaf that the folder holds; all names and shapes are checked."""
-    tensors, stored = (
-        with_prefix(open_folder(folder, family.ignored), family.prefix),
-        _stored_heads(folder),
-    )
+    tensors = with_prefix(open_folder(folder, family.ignored), family.prefix)
+    stored = _stored_heads(folder)
     if "value" in stored:
         tensors |= open_tensors(folder / VALUE_HEAD)
     table = all_names(family, config)

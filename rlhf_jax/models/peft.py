@@ -25,7 +25,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.families import family_of, publish
 from rlhf_jax.models.family import Family, Json, Published
 from rlhf_jax.models.hub import local_folder
-from rlhf_jax.models.load import load_hf, read_hf_config, read_json
+from rlhf_jax.models.load import head_names, load_hf, read_hf_config, read_json
 from rlhf_jax.models.lora import merge_lora
 from rlhf_jax.models.save import (
     cast,
@@ -118,16 +118,8 @@ def save_peft(
     if not adapted:
         raise ValueError("the parameters have no adapters (lora_rank=0); save them with save_hf")
     modules = _modules(family, adapted)
-    heads = _head_names(family, role)
-    tensors = {}
-    for module, ours in modules.items():
-        pairs = [
-            tuple(fetch_host(leaves[f"{o}/{n}"]) for n in ("lora_a", "lora_b")) for o, _ in ours
-        ]
-        for layer in range(config.layers):
-            name = f"{_PREFIX}{module.format(layer=layer)}"
-            low, up = _beside([(a[layer], b[layer]) for a, b in pairs], [p for _, p in ours])
-            tensors |= {f"{name}.lora_A.weight": low, f"{name}.lora_B.weight": up}
+    heads = _names_of_head(family, role)
+    tensors = _published_pairs(modules, leaves, config.layers)
     for path, theirs in heads.items():
         shape = layout(path, leaves[path].shape, theirs).shape
         tensors[f"{_PREFIX}{theirs.name}"] = fetch_host(leaves[path]).reshape(shape)
@@ -150,15 +142,25 @@ def _modules(family: Family, ours: set[str]) -> dict[str, list[tuple[str, Publis
     return {name: sorted(some, key=lambda each: each[1].part) for name, some in modules.items()}
 
 
-def _head_names(family: Family, role: str) -> dict[str, Published]:
+def _names_of_head(family: Family, role: str) -> dict[str, Published]:
     """Where the leaves of a role's head lie; {} for a policy."""
-    if role == "policy":
-        return {}
-    theirs = family.classifier.get(role, "score")
-    names = {f"heads/{role}/kernel": Published(f"{theirs}.weight")}
-    return (
-        names if role == "outcome" else names | {f"heads/{role}/bias": Published(f"{theirs}.bias")}
-    )
+    return {} if role == "policy" else head_names(family, role)
+
+
+def _published_pairs(
+    modules: Mapping[str, list[tuple[str, Published]]], leaves: Mapping[str, Any], layers: int
+) -> dict[str, np.ndarray]:
+    """lora_A and lora_B of every module of every layer, under PEFT's names."""
+    tensors = {}
+    for module, ours in modules.items():
+        pairs = [
+            tuple(fetch_host(leaves[f"{o}/{n}"]) for n in ("lora_a", "lora_b")) for o, _ in ours
+        ]
+        for layer in range(layers):
+            name = f"{_PREFIX}{module.format(layer=layer)}"
+            low, up = _beside([(a[layer], b[layer]) for a, b in pairs], [p for _, p in ours])
+            tensors |= {f"{name}.lora_A.weight": low, f"{name}.lora_B.weight": up}
+    return tensors
 
 
 def _beside(
@@ -250,7 +252,7 @@ def open_peft(folder: str | pathlib.Path) -> Adapters:
     if role != "policy":
         config = dataclasses.replace(config, lm_head=False, score_heads=(role,))
     leaves, used = _read_projections(path, tensors, settings, config, family)
-    for ours, theirs in _head_names(family, role).items():
+    for ours, theirs in _names_of_head(family, role).items():
         name = f"{_PREFIX}{theirs.name}"
         if name in tensors:
             shape = (config.width,) if ours.endswith("kernel") else ()

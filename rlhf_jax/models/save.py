@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import huggingface_hub
 import jax
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 from flax import traverse_util
@@ -34,13 +34,6 @@ from rlhf_jax.types import Params
 ROLES = ("policy", "outcome", "process", "value")
 _PATTERN = WEIGHTS.replace(".", "{suffix}.", 1)
 _ONE_LABEL = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-_SMALLER = MappingProxyType(
-    {
-        "float16": np.dtype(np.float16),
-        "bfloat16": np.dtype(ml_dtypes.bfloat16),
-        "float32": np.dtype(np.float32),
-    }
-)
 
 
 class Place(NamedTuple):
@@ -232,7 +225,7 @@ def cast(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
         ValueError: naming the tensor, if its values are too large for the type.
     """
     with np.errstate(over="ignore"):
-        changed = np.ascontiguousarray(array.astype(_SMALLER[dtype]))
+        changed = np.ascontiguousarray(array.astype(jnp.dtype(dtype)))
     if dtype == "float16" and not np.isfinite(changed).all() and np.isfinite(array).all():
         raise ValueError(
             f"{name} holds values up to {np.abs(array.astype(np.float32)).max():.3g}, too large "
@@ -250,7 +243,7 @@ def _write_tensors(
     max_shard_size: str | int,
 ) -> dict[str, bytes]:
     """Writes tensors to `file`, or to several with an index, which is returned by its name."""
-    size = _SMALLER[dtype].itemsize
+    size = jnp.dtype(dtype).itemsize
     sizes = {place.name: size * int(np.prod(_shape(place, leaves))) for place in places}
     split = huggingface_hub.split_state_dict_into_shards_factory(
         sizes,

@@ -51,8 +51,8 @@ def hidden_of(model: Model, params: Params, tokens: np.ndarray, mask: np.ndarray
     return run(params, jnp.array(tokens), jnp.array(mask))
 
 
-def logit_difference(theirs, model: Model, params: Params) -> float:
-    """The largest difference at real tokens."""
+def logits_of_both(theirs, model: Model, params: Params) -> tuple[np.ndarray, np.ndarray]:
+    """(ours, theirs) at the real tokens of a left-padded batch."""
     tokens, mask = padded(4, LENGTH, model.config.vocab_size)
     with torch.no_grad():
         wanted = theirs(
@@ -61,11 +61,11 @@ def logit_difference(theirs, model: Model, params: Params) -> float:
             position_ids=torch.tensor(np.array(positions_of(jnp.array(mask)))),
         ).logits.numpy()
     ours = np.array(model.logits(params, hidden_of(model, params, tokens, mask)))
-    return float(np.abs(ours - wanted)[mask].max())
+    return ours[mask], wanted[mask]
 
 
-def same_tokens(theirs, model: Model, params: Params) -> str:
-    """How many tokens of greedy generation agree, of how many."""
+def tokens_of_both(theirs, model: Model, params: Params) -> tuple[np.ndarray, np.ndarray]:
+    """(ours, theirs) of greedy generation from a left-padded batch, [3 NEW_TOKENS]."""
     size = model.config.vocab_size
     tokens, mask = padded(3, 9, size)
     index = jnp.arange(3)
@@ -77,20 +77,15 @@ def same_tokens(theirs, model: Model, params: Params) -> str:
     tables = TokenTables(
         ends_text=no, ends_step=no, text_before=~no, text_after=~no, pad=np.asarray(0, np.int32)
     )
-    sample = jax.jit(
-        lambda p, x: generate(
-            model,
-            p,
-            {},
-            x,
-            jax.random.key(0),
-            samples=1,
-            sampling=make_sampling(temperature=0.0),
-            max_tokens=NEW_TOKENS,
-            tables=tables,
+
+    @jax.jit
+    def sample(params, prompts):
+        return generate(
+            model, params, {}, prompts, jax.random.key(0), samples=1,
+            sampling=make_sampling(temperature=0.0), max_tokens=NEW_TOKENS, tables=tables,
             version=0,
-        )
-    )
+        )  # fmt: skip
+
     with torch.no_grad():
         wanted = theirs.generate(
             torch.tensor(tokens),
@@ -98,8 +93,7 @@ def same_tokens(theirs, model: Model, params: Params) -> str:
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
         ).numpy()[:, tokens.shape[1] :]
-    ours = np.array(sample(params, prompts).tokens)
-    return f"{(ours == wanted).sum()} of {wanted.size}"
+    return np.array(sample(params, prompts).tokens), wanted
 
 
 def score_difference(theirs_class, role: str, source: pathlib.Path, folder: pathlib.Path) -> float:
@@ -138,6 +132,8 @@ def family_row(name: str, scratch: pathlib.Path) -> list[str]:
     theirs.save_pretrained(source)
     config, params = load_hf(source, make_mesh({"data": -1}), ShardingRules())
     model = decoder(config)
+    ours, wanted = logits_of_both(theirs, model, params)
+    sampled, chosen = tokens_of_both(theirs, model, params)
     scores = []
     for role, theirs_class in SCORERS.items():
         if transformers.CONFIG_MAPPING[CONFIGS[name].model_type] in theirs_class._model_mapping:
@@ -146,8 +142,8 @@ def family_row(name: str, scratch: pathlib.Path) -> list[str]:
             scores.append("no such class")
     return [
         name,
-        f"{logit_difference(theirs, model, params):.1e}",
-        same_tokens(theirs, model, params),
+        f"{np.abs(ours - wanted).max():.1e}",
+        f"{(sampled == chosen).sum()} of {chosen.size}",
         *scores,
         same_bits(source, scratch / "again"),
     ]

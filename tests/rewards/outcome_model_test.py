@@ -73,3 +73,14 @@ def test_parameters_are_state_and_not_constants_of_the_program():
 def test_an_unknown_head_is_an_error():
     with pytest.raises(ValueError, match=r"'quality'.*outcome"):
         outcome_model(model=MODEL, params=PARAMS, head="quality")
+
+
+def test_in_the_space_of_probabilities_the_score_is_the_logits_sigmoid():
+    rollouts = random_rollouts(2)
+    logits, probs = scored(rollouts).outcome, scored(rollouts, space="prob").outcome
+    np.testing.assert_allclose(probs, 1 / (1 + np.exp(-np.asarray(logits))), rtol=1e-6)
+
+
+def test_an_unknown_space_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"space='logits'; known: \['logit', 'prob'\]"):
+        scored(random_rollouts(0), space="logits")

@@ -37,6 +37,7 @@ setup(
     packages=find_packages(include=["rlhf_jax", "rlhf_jax.*"]),
     install_requires=[
         "absl-py>=2.1",
+        "antlr4-python3-runtime==4.13.2",  # of math-verify's reader of LaTeX; it takes no other 4.13
         "array_record>=0.8",
         "flax>=0.12.8",
         "grain>=0.2.18",
@@ -44,12 +45,15 @@ setup(
         "jax>=0.10.2",
         "jaxtyping>=0.3.11",
         "jinja2>=3.1.6",
+        "langdetect>=1.0.9",
+        "math-verify>=0.9",
         "matplotlib>=3.9",
         "ml_collections>=1.1",
         "ml_dtypes>=0.5",
         "numpy>=2.0",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
+        "pyarrow>=17",
         "rich>=13.9",
         "safetensors>=0.5",
         "scipy>=1.15",

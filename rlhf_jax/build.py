@@ -14,13 +14,22 @@ from ml_collections import ConfigDict
 from rlhf_jax import find
 from rlhf_jax.data.examples import ExampleSource
 from rlhf_jax.data.forms import check_form
+from rlhf_jax.data.members import MemberSource
 from rlhf_jax.data.preferences import correctness, pairs
 from rlhf_jax.data.prompts import PromptSource
 from rlhf_jax.data.sources import RecordSource, open_source
 from rlhf_jax.data.steps import step_labels
 from rlhf_jax.data.texts import texts
 from rlhf_jax.mesh import ShardingRules, batch_shards, make_mesh, shard_rows
-from rlhf_jax.rewards.base import clip, combine, normalise, shrink, split_places
+from rlhf_jax.ops.step_labels import check_how
+from rlhf_jax.rewards.base import (
+    aggregate_steps,
+    clip,
+    combine,
+    normalise,
+    shrink,
+    split_places,
+)
 from rlhf_jax.sampling.methods import make_sampling
 from rlhf_jax.schema import check_call, check_keys, check_section, within
 from rlhf_jax.sections import Wrappers
@@ -129,7 +138,11 @@ def prompts(config: ConfigDict, text: Tokenizer) -> PromptSource:
 
 
 def fetch(
-    axes: Mesh, rules: ShardingRules, batches: PromptSource | ExampleSource, position: int, n: int
+    axes: Mesh,
+    rules: ShardingRules,
+    batches: PromptSource | ExampleSource | MemberSource,
+    position: int,
+    n: int,
 ) -> Any:
     """The batch of ``n`` rows after ``position`` draws; each process reads only its own rows."""
     return shard_rows(axes, rules, n, functools.partial(batches.batch, position, n=n))
@@ -230,6 +243,14 @@ def check_reward(label: str, section: ConfigDict) -> None:
     check_section(f"rewards.{label}", wrappers, Wrappers)
     if section.get("clip", 0.0) < 0:
         raise ValueError(f"rewards.{label}.clip={section.clip}; wanted 0 (off) or a limit")
+    if section.get("aggregate", ""):
+        with within(f"rewards.{label}.aggregate"):
+            check_how(section.aggregate)
+        if section.get("transform") != "logit":
+            raise ValueError(
+                f"rewards.{label}.aggregate={section.aggregate!r} reads the logits of steps; it is "
+                "for a reward that takes transform='logit', such as process_model, and needs it set"
+            )
 
 
 def check_weights(rewards: ConfigDict) -> None:
@@ -242,7 +263,7 @@ def check_weights(rewards: ConfigDict) -> None:
 
 
 def reward(label: str, section: ConfigDict, resources: Mapping[str, Any]) -> Reward:
-    """One reward with its wrappers, in the order normalise, clip, shrink (methods order).
+    """One reward with its wrappers, in the order aggregate, normalise, clip, shrink.
 
     A factory gets the resources that it names among its parameters (model, params, mesh,
     decode, records, rows), and the section's keys as values.
@@ -253,6 +274,8 @@ def reward(label: str, section: ConfigDict, resources: Mapping[str, Any]) -> Rew
     wanted = inspect.signature(factory).parameters
     values |= {k: v for k, v in resources.items() if k in wanted and k not in values}
     made = call(path, factory, values)
+    if section.get("aggregate", ""):
+        made = aggregate_steps(made, section.aggregate)
     if section.get("normalise", False):
         made = normalise(made)
     if section.get("clip", 0.0):

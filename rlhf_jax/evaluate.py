@@ -5,7 +5,9 @@
 Policies: exact answers, sampling at temperature 1 and greedy, and how far the samples are from
 those of the policy ``reference`` (KL in nats per completion). Reward models: pair accuracy beside
 "the longer wins", AUC and balanced accuracy of steps beside the majority rate. Intervals are
-95 %. Every evaluated completion goes to evaluation.jsonl; a table is printed.
+95 %. Every evaluated completion goes to evaluation.jsonl; a table is printed. A config with
+``reward_sets`` measures a reward model on published sets: see `rlhf_jax.evaluate_reward`. One with
+``best_of`` draws many samples and chooses: see `rlhf_jax.evaluate_best_of`.
 """
 
 import itertools
@@ -21,6 +23,8 @@ from rich.table import Table
 
 from rlhf_jax import build, program, reward_report, roles, run_folder
 from rlhf_jax.compile_watch import CompileWatch
+from rlhf_jax.evaluate_best_of import evaluate_best_of
+from rlhf_jax.evaluate_reward import evaluate_reward
 from rlhf_jax.fit import check_rows
 from rlhf_jax.label_samples import write_lines
 from rlhf_jax.ops.reward_metrics import mean_interval, wilson_interval
@@ -164,9 +168,15 @@ def check_reward(
 def evaluate(config: ConfigDict, workdir: str) -> dict[str, float | int]:
     """Evaluates what ``config.policies`` and ``config.reward`` name; returns the numbers.
 
+    A config with ``reward_sets`` is one of `rlhf_jax.evaluate_reward`.
+
     Raises:
         ValueError: for bad input, before any device is touched.
     """
+    if "reward_sets" in config:
+        return evaluate_reward(config, workdir)
+    if "best_of" in config:
+        return evaluate_best_of(config, workdir, conclude)
     started = time.time()
     check_config(config)
     check_reward(config)

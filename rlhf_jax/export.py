@@ -81,6 +81,11 @@ def export(
         models = run_folder.read_models(workdir)
         check_newest(workdir)
     subject = find_subject(models, what)
+    if models[subject.role].members > 1:
+        raise ValueError(
+            f"--workdir={workdir!r} is an ensemble of {models[subject.role].members} reward "
+            "models, for which there is no published form"
+        )
     config = _exported(models[subject.role], subject)
     base = _adapters_base(workdir, config, base) if adapters else ""
     if pad_token_id >= config.vocab_size:

@@ -16,18 +16,24 @@ from ml_collections import ConfigDict
 
 from rlhf_jax import base_files, build, roles, run_folder
 from rlhf_jax.data.examples import ExampleSource
+from rlhf_jax.data.members import MemberSource
 from rlhf_jax.mesh import ShardingRules, batch_shards
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.lora import partition
+from rlhf_jax.models.members import repeated
 from rlhf_jax.models.transformer import Model, decoder
 from rlhf_jax.ops.metrics import add
 from rlhf_jax.run_log import RunLog
+from rlhf_jax.schema import within
 from rlhf_jax.training.experience import COMPILER_OPTIONS
 from rlhf_jax.training.keys import Purpose, step_key
 from rlhf_jax.training.supervised import (
+    check_smoothing,
     create_supervised_state,
+    label_tables,
     make_supervised_evaluate,
     make_supervised_step,
+    own_rows,
 )
 from rlhf_jax.training.update import compile_update
 from rlhf_jax.types import Mixture, Params, RunState
@@ -42,7 +48,7 @@ class Fit(NamedTuple):
     rules: ShardingRules
     described: ModelConfig
     model: Model
-    sources: Mapping[str, ExampleSource]
+    sources: Mapping[str, ExampleSource | MemberSource]
     held_out: Mapping[str, ExampleSource]
     optimizer: Any
 
@@ -77,6 +83,11 @@ def check(config: ConfigDict, role: str, kinds: tuple[str, ...], **changes: Any)
                 "updates.microbatches or mesh.data and mesh.fsdp"
             )
     described = roles.describe(config.model, text.vocab_size, **changes)
+    smoothing = config.updates.get("smoothing", 0.0)
+    with within("updates"):
+        check_smoothing(described, smoothing)
+    if smoothing and not _smoothed(config):
+        raise ValueError(f"updates.smoothing={smoothing} but no source is of kind pairs")
     optimizer = build.optimizer("optimizer", config.optimizer, config.train.steps)
     return Fit(
         config,
@@ -112,7 +123,17 @@ def open_sources(fit: Fit, later: Callable[[ConfigDict], bool] = lambda section:
     held_out = read("eval.sources", config.eval.sources)
     for label, source in held_out.items():
         check_rows(f"eval.sources.{label}", config.eval.sources[label], source)
-    return fit._replace(sources=read("sources", config.sources), held_out=held_out)
+    sources = read("sources", config.sources)
+    if own_rows(fit.described):
+        orders = dict(members=fit.described.members, seed=config.seed)
+        sources = {label: MemberSource(source, **orders) for label, source in sources.items()}
+    return fit._replace(sources=sources, held_out=held_out)
+
+
+def _smoothed(config: ConfigDict) -> list[str]:
+    """The sources whose labels follow the model."""
+    on = config.updates.get("smoothing", 0.0)
+    return [label for label, section in config.sources.items() if on and section.kind == "pairs"]
 
 
 def check_rows(path: str, section: ConfigDict, source: ExampleSource) -> None:
@@ -128,10 +149,19 @@ def create(fit: Fit) -> RunState:
     folder = config.model.get("init_from", "")
     dtype = fit.described.param_dtype
     loaded = roles.load(folder, fit.mesh, fit.rules, dtype=dtype) if folder else {}
+    if fit.described.members > 1 and not roles.ensemble_of(folder):
+        loaded = repeated(loaded, fit.described)
+    totals = {label: fit.sources[label].total for label in _smoothed(config)}
     params = roles.fill(fit.model, loaded, key, fit.mesh, fit.rules)
     trained, base = partition(params, fit.described)
     return RunState(
-        train=create_supervised_state(trained, fit.optimizer, fit.mesh, role=fit.role),
+        train=create_supervised_state(
+            trained,
+            fit.optimizer,
+            fit.mesh,
+            role=fit.role,
+            init=lambda: label_tables(totals) if totals else (),
+        ),
         reference=base,
         rewards={},
         controllers={},
@@ -140,12 +170,18 @@ def create(fit: Fit) -> RunState:
     )
 
 
-def fetch(fit: Fit, sources: Mapping[str, ExampleSource], sections, positions) -> Mixture:
-    """One batch of every source; each process reads only its own rows."""
-    return {
-        name: build.fetch(fit.mesh, fit.rules, source, int(positions[name]), sections[name].rows)
-        for name, source in sources.items()
-    }
+def fetch(fit: Fit, sources: Mapping[str, Any], sections, positions) -> Mixture:
+    """One batch of every source; each process reads only its own rows.
+
+    Of a `MemberSource` there are ``rows`` for each member.
+    """
+    batches = {}
+    for name, source in sources.items():
+        copies = fit.described.members if isinstance(source, MemberSource) else 1
+        batches[name] = build.fetch(
+            fit.mesh, fit.rules, source, int(positions[name]), sections[name].rows * copies
+        )
+    return batches
 
 
 def evaluator(fit: Fit):
@@ -198,6 +234,7 @@ def run(fit: Fit, workdir: str) -> RunState:
             role=fit.role,
             microbatches=config.updates.microbatches,
             centre_coef=config.updates.get("centre_coef", 0.0),
+            smoothing=config.updates.get("smoothing", 0.0),
             **head_names(fit.described),
         )
         update = compile_update(step_fn, state.train, fit.mesh)

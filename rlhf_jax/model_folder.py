@@ -94,10 +94,10 @@ def _read_config(folder: str, dtype: str) -> ModelConfig:
             "no model here: wanted a Hugging Face folder (config.json with a model_type) or the "
             "folder of a run (model.json)"
         )
-    config = run_folder.read_models(folder)[roles.trained_role(folder)]
+    config = roles.loaded_config(folder)
     check_newest(folder)
     types = dict(param_dtype=dtype, compute_dtype=dtype) if dtype else {}
-    return dataclasses.replace(config, lora_rank=0, **types)
+    return dataclasses.replace(config, **types)
 
 
 def _published_dtype(folder: pathlib.Path) -> str:

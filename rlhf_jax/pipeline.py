@@ -19,7 +19,9 @@ from ml_collections import ConfigDict
 from rlhf_jax import program, run_folder, sections
 from rlhf_jax.evaluate import evaluate, print_table
 from rlhf_jax.evaluate_gold import evaluate_gold
+from rlhf_jax.evaluate_reward import evaluate_reward
 from rlhf_jax.label_samples import label_samples
+from rlhf_jax.label_steps import label_steps
 from rlhf_jax.rehearse import place, rehearse
 from rlhf_jax.report import report
 from rlhf_jax.train_policy import train_policy
@@ -31,10 +33,12 @@ _log = logging.getLogger("rlhf_jax.pipeline")  # __name__ is "__main__" when it 
 PROGRAMS: Mapping[str, Callable[[ConfigDict, str], Any]] = {
     "train_sft": train_sft,
     "label_samples": label_samples,
+    "label_steps": label_steps,
     "train_reward": train_reward,
     "train_policy": train_policy,
     "evaluate": evaluate,
     "evaluate_gold": evaluate_gold,
+    "evaluate_reward": evaluate_reward,
 }
 
 

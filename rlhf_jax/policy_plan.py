@@ -151,9 +151,13 @@ def describe_models(
         if changes is not None:
             start = section.get("init_from", "")
             adapters = roles.adapters_on(start, config.model)
-            if adapters is None:
-                changes = changes | {"lora_rank": 0}
-            else:
+            changes = changes | {"lora_rank": 0} | roles.ensemble_of(start)
+            if section.name == "ensemble" and "members" not in changes:
+                raise ValueError(
+                    f"rewards.{label}.init_from={start!r} is one model; name the folder of a run "
+                    "with reward.members, or the reward 'outcome_model'"
+                )
+            if adapters is not None:
                 changes = changes | {name: getattr(adapters, name) for name in roles.ADAPTERS}
             size = own[label].vocab_size if label in own else vocab_size
             described[f"reward/{label}"] = _start(f"rewards.{label}", start, policy, size, changes)
@@ -174,6 +178,11 @@ def describe_models(
         if start in config.rewards and f"reward/{start}" not in described:
             raise ValueError(f"value.init_from={start!r} is a reward without a model")
         if f"reward/{start}" in described:
+            if described[f"reward/{start}"].members > 1:
+                raise ValueError(
+                    f"value.init_from={start!r} is an ensemble, and a value is one model; start it "
+                    "from 'policy', another reward or a folder"
+                )
             described["value"] = dataclasses.replace(described[f"reward/{start}"], **changes)
         else:
             start = "" if start == "policy" else start

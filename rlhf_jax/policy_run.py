@@ -142,7 +142,7 @@ def _reward_params(plan: PolicyPlan, policy: Params, base: Params) -> dict[str, 
         model = decoder(plan.described[f"reward/{label}"], plan.rules)
         folder = section.get("init_from", "")
         key = step_key(plan.config.seed, Purpose.INIT_REWARD, index)
-        if model.config.lora_rank:
+        if roles.adapters_on(folder, plan.config.model) is not None:
             if folder not in adapters:
                 adapters[folder] = roles.load_adapters(folder, f"rewards.{label}", base, *place)
             learned[label] = roles.fill_adapters(model, adapters[folder], key, *place)

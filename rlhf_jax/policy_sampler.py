@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float
+from jaxtyping import Float, Key
 from ml_collections import ConfigDict
 
 from rlhf_jax import build, roles
 from rlhf_jax.compile_watch import CompileWatch
 from rlhf_jax.data.prompts import PromptSource
-from rlhf_jax.mesh import ShardingRules, batch_shards, fetch_host
+from rlhf_jax.mesh import ShardingRules, batch_shards, fetch_host, shard_batch
 from rlhf_jax.models.completions import evaluate_completions
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.transformer import decoder
@@ -23,7 +23,7 @@ from rlhf_jax.sampling.sampler import generate
 from rlhf_jax.text.steps import token_tables
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.training.keys import Purpose, step_key
-from rlhf_jax.types import Array, Params, Rollouts, Sampling
+from rlhf_jax.types import Array, Params, Prompts, Rollouts, Sampling
 
 
 class Completion(NamedTuple):
@@ -99,15 +99,15 @@ class PolicySampler:
         plan = plan_sampler(config, path)
         roles.check_start(path, config.model.init_from)
         self._config, self._purpose = config, purpose
-        self.text, self._mesh, self._prompts = plan.text, plan.mesh, plan.prompts
+        self.text, self._mesh, self.prompts = plan.text, plan.mesh, plan.prompts
         self._model = decoder(plan.described, plan.rules)
-        self._tables = token_tables(self.text, vocab_size=plan.described.vocab_size)
+        self.tables = token_tables(self.text, vocab_size=plan.described.vocab_size)
         self._params = None
         self.compiles = CompileWatch()
 
-        def sample(params, prompts, key, sampling, tables):
+        def sample(params, prompts, key, sampling, tables, samples):
             return generate(
-                self._model, params, {}, prompts, key, samples=config.rollout.samples,
+                self._model, params, {}, prompts, key, samples=samples,
                 sampling=sampling, max_tokens=config.rollout.max_tokens, tables=tables,
                 version=jnp.zeros((), jnp.int32), mesh=self._mesh,
             )  # fmt: skip
@@ -117,11 +117,12 @@ class PolicySampler:
                 self._model, params, {}, rollouts, temperature=1.0, rows=None
             ).logprobs
 
-        self._sample, self._read = jax.jit(sample), jax.jit(read)
+        self._sample = jax.jit(sample, static_argnames="samples")
+        self._read = jax.jit(read)
 
     def __len__(self) -> int:
         """How many problems the data has."""
-        return len(self._prompts)
+        return len(self.prompts)
 
     def groups(self, problems: int, sampling: Sampling | None = None) -> Iterator[list[Completion]]:
         """The completions of the first ``problems`` problems, one list each.
@@ -133,23 +134,52 @@ class PolicySampler:
             yield from self.decode(rollouts)[: problems - first]
 
     def batches(
-        self, problems: int, sampling: Sampling | None = None
+        self,
+        problems: int,
+        sampling: Sampling | None = None,
+        *,
+        start: int = 0,
+        samples: int | None = None,
     ) -> Iterator[tuple[int, Rollouts]]:
         """Batches as (index of the first problem, rollouts on the devices), as in `groups`.
 
         The last batch is whole: its problems from ``problems`` on are of no use.
+
+        Args:
+            start: the first problem of the first batch, where earlier ones are done; a multiple of
+                the batch.
+            samples: in place of ``rollout.samples``.
         """
         config, rules, n = self._config, self._model.rules, self._config.rollout.prompts
-        sampling = make_sampling(**config.rollout.sampling) if sampling is None else sampling
         with jax.set_mesh(self._mesh):
-            params = self._load()
-            for first in self.compiles.loop(range(0, problems, n)):
-                prompts = build.fetch(self._mesh, rules, self._prompts, first, n)
+            for first in self.compiles.loop(range(start, problems, n)):
+                prompts = build.fetch(self._mesh, rules, self.prompts, first, n)
                 key = step_key(config.seed, self._purpose, first)
-                yield (
-                    first,
-                    self._sample(params, prompts, key, sampling, self._tables),
-                )
+                yield first, self.complete(prompts, key, sampling, samples=samples)
+
+    def complete(
+        self,
+        prompts: Prompts,
+        key: Key[Array, ""],
+        sampling: Sampling | None = None,
+        *,
+        samples: int | None = None,
+    ) -> Rollouts:
+        """Completions of any prompts, which are tokens of this policy; see `batches`.
+
+        Args:
+            prompts: on the devices; each width is a program of its own.
+            key: holds (seed, purpose, step).
+        """
+        rollout = self._config.rollout
+        sampling = make_sampling(**rollout.sampling) if sampling is None else sampling
+        samples = rollout.samples if samples is None else samples
+        with jax.set_mesh(self._mesh):
+            return self._sample(self._load(), prompts, key, sampling, self.tables, samples=samples)
+
+    def place(self, rows: Any) -> Any:
+        """A host batch, equal on every process, on the devices: each holds its share of rows."""
+        return shard_batch(self._mesh, self._model.rules, rows)
 
     def logprobs(self, rollouts: Rollouts) -> Float[Array, "B T"]:
         """What this policy, at temperature 1, says about completions of any policy: the log-prob
@@ -175,7 +205,7 @@ class PolicySampler:
 
     def record(self, source: int, index: int) -> Mapping[str, Any]:
         """The record that ``Prompts.source`` and ``Prompts.record`` name."""
-        return self._prompts.record(source, index)
+        return self.prompts.record(source, index)
 
     def decode(self, rollouts: Rollouts) -> list[list[Completion]]:
         """The completions of a batch as text, one list for each of its problems."""

@@ -18,14 +18,17 @@ from ml_collections import ConfigDict
 from rlhf_jax import (
     evaluate,
     evaluate_gold,
+    evaluate_reward,
     fit,
     label_samples,
+    label_steps,
     roles,
     run_folder,
     sections,
     train_reward,
     train_sft,
 )
+from rlhf_jax.data.sources import open_source
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.policy_plan import make_plan
 from rlhf_jax.policy_sampler import check_problems, of_policy, plan_sampler
@@ -134,7 +137,21 @@ def _labels(config: ConfigDict, later: Later) -> Mapping[str, ModelConfig]:
     return {}
 
 
+def _step_labels(config: ConfigDict, later: Later) -> Mapping[str, ModelConfig]:
+    label_steps.check_config(config)
+    solutions = config.label.solutions
+    if solutions.startswith("jsonl:") and not later(ConfigDict(dict(name=solutions))):
+        with within("label.solutions"):
+            open_source(solutions)
+    if not later(config.data):
+        prompts = plan_sampler(config).prompts
+        check_problems("label.problems", config.label.get("problems", 1), prompts)
+    return {}
+
+
 def _evaluation(config: ConfigDict, later: Later) -> Mapping[str, ModelConfig]:
+    if "reward_sets" in config:
+        return _reward_sets(config, later)
     evaluate.check_config(config)
     _policies(config, later)
     evaluate.check_reward(config, later)
@@ -144,6 +161,14 @@ def _evaluation(config: ConfigDict, later: Later) -> Mapping[str, ModelConfig]:
 def _gold(config: ConfigDict, later: Later) -> Mapping[str, ModelConfig]:
     evaluate_gold.check_config(config)
     _policies(config, later)
+    return {}
+
+
+def _reward_sets(config: ConfigDict, later: Later) -> Mapping[str, ModelConfig]:
+    evaluate_reward.check_config(config)
+    named = [ConfigDict(dict(name=config.reward.init_from)), *config.reward_sets.values()]
+    if not any(later(one) for one in named):
+        evaluate_reward.open_sets(config, evaluate_reward.open_model(config))
     return {}
 
 
@@ -159,6 +184,8 @@ _PLANS: Mapping[str, Callable[[ConfigDict, Later], Mapping[str, ModelConfig]]] =
     "train_reward": _reward,
     "train_policy": _policy,
     "label_samples": _labels,
+    "label_steps": _step_labels,
     "evaluate": _evaluation,
     "evaluate_gold": _gold,
+    "evaluate_reward": _reward_sets,
 }

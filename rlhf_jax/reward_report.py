@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from rlhf_jax import build, roles, run_folder
+from rlhf_jax import build, roles
 from rlhf_jax.compile_watch import CompileWatch
 from rlhf_jax.fit import check_rows, head_names
 from rlhf_jax.mesh import fetch_host
@@ -40,7 +40,7 @@ def report(config: ConfigDict, watch: CompileWatch) -> dict[str, float]:
     text = build.tokenizer(config)
     mesh, rules = build.mesh(config)
     folder = config.reward.init_from
-    described = run_folder.read_models(folder)[roles.trained_role(folder)]
+    described = roles.loaded_config(folder)
     model = decoder(described, rules)
     heads = {"outcome_head": "outcome", "process_head": "process"} | head_names(described)
     numbers: dict[str, float] = {}

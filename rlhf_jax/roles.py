@@ -30,7 +30,10 @@ from rlhf_jax.types import Params
 # What a role may set itself when the rest comes from a checkpoint.
 OWN_FIELDS = ("param_dtype", "compute_dtype", "remat", "logprob_chunk")
 # A model's section: a name or a folder to start from, and fields of its config.
+# How many members a model has is said where it becomes a reward model (reward.members).
+_MEMBERS = ("members", "ensemble")
 _FIELDS = {"name": str, "init_from": str, **typing.get_type_hints(ModelConfig)}
+_FIELDS = {name: kind for name, kind in _FIELDS.items() if name not in _MEMBERS}
 _SECTION = TypedDict("_SECTION", {name: NotRequired[kind] for name, kind in _FIELDS.items()})
 ADAPTERS = ("lora_rank", "lora_alpha", "lora_targets")
 
@@ -82,7 +85,44 @@ def describe(
             f"{path}.{unknown[0]} cannot be set beside {path}.init_from={init_from!r}, which "
             f"decides the shape; what can: {', '.join((*OWN_FIELDS, 'score_heads', *ADAPTERS))}"
         )
-    return dataclasses.replace(base, **({"lora_rank": 0, "score_heads": ()} | values | changes))
+    alone = {"lora_rank": 0, "score_heads": (), "members": 1, "ensemble": "none"}
+    described = dataclasses.replace(base, **(alone | values | changes))
+    _check_members(f"{path}.init_from={init_from!r}", base, described)
+    return described
+
+
+def _check_members(path: str, base: ModelConfig, described: ModelConfig) -> None:
+    """Raises a ValueError if a model cannot start from an ensemble, or not from that one."""
+    if base.members == 1:
+        return
+    later = base.ensemble == "linear" and described.ensemble == "lora"
+    if described.members != base.members or not (later or described.ensemble == base.ensemble):
+        raise ValueError(
+            f"{path} is an ensemble ({base.ensemble}, {base.members} members), from which only one "
+            "like it can start, or a LoRA ensemble from a linear one of as many members; this is "
+            f"{described.ensemble} with members={described.members}"
+        )
+    if base.ensemble == "lora" and any(
+        getattr(base, name) != getattr(described, name) for name in ADAPTERS
+    ):
+        raise ValueError(
+            f"{path} has adapters of its own; set model.lora_rank={base.lora_rank}, "
+            f"model.lora_alpha={base.lora_alpha} and model.lora_targets={base.lora_targets}"
+        )
+
+
+def ensemble_of(folder: str) -> dict[str, Any]:
+    """Fields of the model config that make an ensemble of what a folder holds; {} of one model.
+
+    With the adapters of a LoRA ensemble, which are never merged: there would be a base for each.
+    """
+    if not folder:
+        return {}
+    config = _described(folder)
+    if config.members == 1:
+        return {}
+    names = (*_MEMBERS, *ADAPTERS) if config.ensemble == "lora" else _MEMBERS
+    return {name: getattr(config, name) for name in names}
 
 
 def _described(folder: str) -> ModelConfig:
@@ -138,6 +178,8 @@ def check_heads(path: str, folder: str, wanted: tuple[str, ...]) -> None:
 def load(folder: str, mesh: Mesh, rules: ShardingRules, *, dtype: str = "") -> Params:
     """The plain parameters (adapters merged) of a Hugging Face or run folder, sharded.
 
+    Those of a LoRA ensemble keep their adapters: `loaded_config` is what they belong to.
+
     Args:
         dtype: in which a Hugging Face folder is loaded; empty is float32. Runs keep their own.
     """
@@ -149,7 +191,15 @@ def load(folder: str, mesh: Mesh, rules: ShardingRules, *, dtype: str = "") -> P
         return load_hf(folder, mesh, rules, overrides=overrides)[1]
     role = trained_role(folder)
     params = load_role(folder, role, mesh, rules)
-    return merge_lora(params, run_folder.read_models(folder)[role])
+    config = run_folder.read_models(folder)[role]
+    return params if config.ensemble == "lora" else merge_lora(params, config)
+
+
+def loaded_config(folder: str) -> ModelConfig:
+    """The config of what `load` gives of a run's folder: without adapters, but for those of a LoRA
+    ensemble."""
+    config = run_folder.read_models(folder)[trained_role(folder)]
+    return config if config.ensemble == "lora" else dataclasses.replace(config, lora_rank=0)
 
 
 def load_role(folder: str, role: str, mesh: Mesh, rules: ShardingRules) -> Params:

@@ -88,14 +88,14 @@ def score(
     mesh, rules = make_mesh({"data": -1}), ShardingRules()
     rows = token_lines.batch_rows(batch, count, batch_shards(mesh, rules))
     with jax.set_mesh(mesh):
-        read = _read(opened, mesh, rules)
+        read = make_reader(opened, mesh, rules)
         found = token_lines.in_order(input, encode, read, rows=rows, count=count)
         write_lines(pathlib.Path(output), map(plain, found))
     _log.info("%d texts in %s", count, output)
     return count
 
 
-def _readings(config: ModelConfig) -> list[Reading]:
+def readings_of(config: ModelConfig) -> list[Reading]:
     """How what the scoring heads say is named."""
     heads = [name for name in config.score_heads if name != VALUE_HEAD]
     readings = []
@@ -107,12 +107,14 @@ def _readings(config: ModelConfig) -> list[Reading]:
     return readings
 
 
-def _read(opened: ModelFolder, mesh, rules) -> Callable[[list[Line], int], list[dict[str, Any]]]:
+def make_reader(
+    opened: ModelFolder, mesh, rules
+) -> Callable[[list[Line], int], list[dict[str, Any]]]:
     """Lines of one batch and their padded width -> what is written of each."""
     model = decoder(opened.config, rules)
     params = model_folder.load_params(opened, mesh, rules)
     tables = token_tables(opened.text, vocab_size=opened.config.vocab_size)
-    readings = _readings(opened.config)
+    readings = readings_of(opened.config)
 
     @jax.jit
     def forward(params, texts):

@@ -108,6 +108,7 @@ class Updates(TypedDict):
 
     microbatches: Count
     centre_coef: NotRequired[float]
+    smoothing: NotRequired[float]  # of the labels of pairs towards the model, per epoch
 
 
 class HeldOut(TypedDict):
@@ -129,9 +130,11 @@ class TrainSft(Training):
 
 
 class Heads(TypedDict):
-    """The scalar heads that a reward model gets."""
+    """The scalar heads that a reward model gets, and how many models it is."""
 
     score_heads: tuple[str, ...]
+    members: NotRequired[Count]
+    ensemble: NotRequired[str]  # independent, linear or lora
 
 
 class TrainReward(TrainSft):
@@ -146,6 +149,7 @@ class Wrappers(TypedDict):
     name: str
     weight: float
     init_from: NotRequired[str]
+    aggregate: NotRequired[str]  # of a process model: one score of a solution from its steps
     normalise: NotRequired[bool]
     clip: NotRequired[float]
     shrink: NotRequired[float]
@@ -204,6 +208,27 @@ class LabelSamples(Job):
     label: Label
 
 
+class StepLabels(TypedDict):
+    """Which solutions, how many, the share of problems that is held out, and who judges."""
+
+    solutions: str  # policy, data or jsonl:PATH
+    problems: NotRequired[Count]  # all, unless the policy draws
+    draws: NotRequired[Count]  # solutions of each, where the policy draws
+    held_out: float
+    reward: NotRequired[Mapping[str, Any]]  # exact_match
+    threshold: NotRequired[float]  # a score above it is right
+    widths: NotRequired[Count]  # that prefixes are padded to at most
+    every: NotRequired[Count]  # batches between two writings
+
+
+class LabelSteps(Job):
+    """`rlhf_jax.label_steps`; ``rollout.samples`` continuations of each prefix."""
+
+    data: Prompts
+    rollout: Rollout
+    label: StepLabels
+
+
 class RewardReport(TypedDict):
     """The reward model to evaluate (none where init_from is empty), and on what."""
 
@@ -221,6 +246,77 @@ class Evaluate(Job):
     reference: NotRequired[str]
     problems: Count
     reward: RewardReport
+
+
+class RewardModel(TypedDict):
+    """The reward model to measure, and how steps are read."""
+
+    init_from: str
+    dtype: NotRequired[str]
+    head: NotRequired[str]  # where a model has several that judge
+    aggregate: NotRequired[str]  # of steps, where no head judges whole texts
+    threshold: NotRequired[float]  # P above which a step is right
+    threshold_from: NotRequired[str]  # or the set whose F1 decides it
+
+
+class RewardTexts(TypedDict):
+    """How the texts of reward sets become tokens; sets may have a template or chat of their own."""
+
+    tokenizer: NotRequired[str]  # in place of the model's own
+    chat_template: NotRequired[str | None]
+    bos: NotRequired[bool | None]
+    template: NotRequired[str | None]
+    chat: NotRequired[str | None]
+    max_length: Count
+    overlong: str
+    end_of_text: bool  # completions are closed by the end-of-text token
+    rows: Count
+
+
+class RewardSet(TypedDict):
+    """A published set: its form, and where its records come from."""
+
+    form: str
+    name: str
+    split: NotRequired[str]
+    data_dir: NotRequired[str | None]
+    options: NotRequired[Mapping[str, Any]]
+    template: NotRequired[str | None]
+    chat: NotRequired[str | None]
+    limit: NotRequired[Index]  # records, spread over the set; 0: all
+    pass_rates: NotRequired[tuple[float, ...]]  # of prompts that are kept
+
+
+class EvaluateReward(TypedDict):
+    """`rlhf_jax.evaluate_reward`, and `rlhf_jax.evaluate` with such a config."""
+
+    seed: Index
+    mesh: Mapping[str, Any]
+    reward: RewardModel
+    data: RewardTexts
+    resamples: NotRequired[Count]
+    reward_sets: dict[str, RewardSet]
+
+
+class BestOf(TypedDict):
+    """How one of several samples is chosen."""
+
+    sizes: tuple[int, ...]  # of the subsets that are chosen from
+    marker: NotRequired[str]  # before the number that a sample votes for; "": no votes
+    weights: NotRequired[str]  # of votes: sigmoid of a reward's score, or the score itself
+    draws: NotRequired[Count]  # random subsets of each size, for votes
+
+
+class EvaluateBestOf(Job):
+    """`rlhf_jax.evaluate` with ``best_of``."""
+
+    data: Prompts
+    rollout: Rollout
+    policies: dict[str, Start]
+    problems: Count
+    gold: Mapping[str, Any]
+    rewards: dict[str, Mapping[str, Any]]
+    best_of: BestOf
 
 
 class EvaluateGold(Job):
@@ -254,8 +350,11 @@ PROGRAMS: Mapping[str, type] = {
     "train_reward": TrainReward,
     "train_policy": TrainPolicy,
     "label_samples": LabelSamples,
+    "label_steps": LabelSteps,
     "evaluate": Evaluate,
+    "evaluate_best_of": EvaluateBestOf,
     "evaluate_gold": EvaluateGold,
+    "evaluate_reward": EvaluateReward,
     "pipeline": Pipeline,
 }
 
@@ -266,6 +365,9 @@ def check(program: str, config: ConfigDict) -> None:
     Raises:
         ValueError: naming the first key that is unknown, absent or of another type.
     """
+    if program == "evaluate":
+        forms = {"reward_sets": "evaluate_reward", "best_of": "evaluate_best_of"}
+        program = next((forms[key] for key in forms if key in config), program)
     described = PROGRAMS[program]
     check_section("", config.to_dict(), described)
     if get_type_hints(described).get("data") is Prompts:

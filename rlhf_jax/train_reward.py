@@ -4,6 +4,11 @@
 
 One trunk with the scalar heads of ``reward.score_heads``: "outcome" scores a text at its last
 token, "process" every step at its end. A single head of any name does both.
+
+With ``reward.members`` of 2 or more it is an ensemble of the family ``reward.ensemble``: whole
+models ("independent"), heads on one trunk ("linear"), or adapters and heads on one frozen trunk
+("lora", with ``model.lora_rank``). A LoRA ensemble can start from a linear one
+(``model.init_from``), which trained trunk and heads on other data.
 """
 
 from ml_collections import ConfigDict
@@ -19,7 +24,10 @@ def check(config: ConfigDict) -> fit.Fit:
     heads = tuple(config.reward.score_heads)
     if not heads:
         raise ValueError("reward.score_heads is empty; name at least one head, such as 'outcome'")
-    return fit.check(config, "reward", KINDS, lm_head=False, score_heads=heads)
+    members = config.reward.get("members", 1)
+    family = config.reward.get("ensemble", "none")
+    changes = dict(lm_head=False, score_heads=heads, members=members, ensemble=family)
+    return fit.check(config, "reward", KINDS, **changes)
 
 
 def train_reward(config: ConfigDict, workdir: str) -> RunState:

@@ -98,6 +98,18 @@ def test_a_reward_is_wrapped_in_the_order_normalise_clip_shrink():
     assert state != plain.init()
 
 
+def test_only_logits_of_steps_are_aggregated():
+    section = ConfigDict(dict(name="process_model", weight=1.0, aggregate="min", transform="logit"))
+    build.check_reward("steps", section)
+    with pytest.raises(ValueError, match=r"rewards.steps.aggregate: how='least'.*min, product"):
+        build.check_reward("steps", ConfigDict(section.to_dict() | dict(aggregate="least")))
+    with pytest.raises(ValueError, match=r"rewards.steps.aggregate='min' reads the logits"):
+        build.check_reward("steps", ConfigDict(section.to_dict() | dict(transform="prob")))
+    length = dict(name="length", weight=1.0, per_token=1.0, free=0, aggregate="min")
+    with pytest.raises(ValueError, match=r"transform='logit', such as process_model"):
+        build.check_reward("length", ConfigDict(length))
+
+
 def test_a_factory_says_which_model_it_needs():
     assert build.reward_model(ConfigDict(dict(name="length"))) is None
     learned = build.reward_model(ConfigDict(dict(name="outcome_model", head="quality")))

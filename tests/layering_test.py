@@ -51,7 +51,10 @@ FENCES = {
     "tensorboard": ("rlhf_jax.training.writer",),
     **dict.fromkeys(("rich", "tqdm"), ("floor 4", "rlhf_jax.training.writer")),
     "matplotlib": ("floor 4",),
-    "scipy": ("rlhf_jax.ops.reward_metrics",),
+    "scipy": ("rlhf_jax.ops",),
+    "pyarrow": ("rlhf_jax.data",),
+    "math_verify": ("rlhf_jax.rewards.math_worker",),
+    "langdetect": ("rlhf_jax.rewards.ifeval_checks",),
     "tensorflow": (),
 }
 FILE_LINES = 400

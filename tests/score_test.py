@@ -10,7 +10,7 @@ from rlhf_jax.mesh import ShardingRules, make_mesh
 from rlhf_jax.models.completions import evaluate_texts
 from rlhf_jax.models.config import named_size
 from rlhf_jax.models.transformer import decoder
-from rlhf_jax.score import Reading, _readings, score
+from rlhf_jax.score import Reading, readings_of, score
 from rlhf_jax.types import Texts
 from tests.generate_test import log_softmax
 from tests.model_folders import CONFIG, TENSORS, hf_folder, read, run_of, write
@@ -152,7 +152,7 @@ def test_a_model_with_several_heads_writes_all(tmp_path, mesh):
 )
 def test_names_of_what_heads_say(heads, readings):
     config = dataclasses.replace(HEADS, score_heads=heads)
-    assert _readings(config) == [Reading(*names) for names in readings]
+    assert readings_of(config) == [Reading(*names) for names in readings]
 
 
 @pytest.mark.parametrize(

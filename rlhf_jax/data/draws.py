@@ -5,9 +5,10 @@ epoch draws every record once, in an order of its own (grain's index shuffle, wh
 of the order). A batch may span two epochs.
 """
 
+import copy
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -18,6 +19,9 @@ from rlhf_jax.data.sources import Record, RecordSource, place
 OVERLONG = ("error", "skip", "truncate")
 # Encoded records kept in memory. Reading and encoding one again costs about 0.1 ms.
 _KEPT = 2**16
+
+# Which of the encoded records that fit are kept, by their places.
+Select = Callable[[Iterator[Any]], Sequence[int]]
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +52,7 @@ class Draws:
             caller to cut. Either way `num_overlong` counts them.
         seed: decides the order; 0 or more.
         shuffle: False draws in the order of the sources.
+        select: which of the records that fit are drawn; None draws all.
 
     Raises:
         ValueError: a record cannot be encoded (names source and record), is overlong under
@@ -65,6 +70,7 @@ class Draws:
         overlong: str,
         seed: int,
         shuffle: bool,
+        select: Select | None = None,
     ):
         if overlong not in OVERLONG:
             raise ValueError(f"overlong={overlong!r} is not one of {', '.join(OVERLONG)}")
@@ -73,12 +79,38 @@ class Draws:
         self._encoded = functools.lru_cache(maxsize=_KEPT)(self._read)
         self._offsets = np.cumsum([0, *(len(source) for source in self.sources)]).tolist()
         self._kept, self.num_overlong = self._scan(length, limit, limit_name, overlong)
-        order = grain.MapDataset.range(len(self._kept))
-        self._order = (order.seed(seed).shuffle() if shuffle else order).repeat()
+        if select is not None:
+            self._kept = self._selected(select)
+        self._shuffle, self._order = shuffle, self._drawn_by(seed, shuffle)
 
     def __len__(self) -> int:
         """Records per epoch."""
         return len(self._kept)
+
+    @property
+    def total(self) -> int:
+        """Records of all sources, drawn or not: `Drawn.index` is below."""
+        return self._offsets[-1]
+
+    def reordered(self, seed: int) -> "Draws":
+        """The same records in the order of another seed; encoded ones are shared."""
+        other = copy.copy(self)
+        other._order = self._drawn_by(seed, self._shuffle)
+        return other
+
+    def _drawn_by(self, seed: int, shuffle: bool) -> grain.MapDataset:
+        order = grain.MapDataset.range(len(self._kept))
+        return (order.seed(seed).shuffle() if shuffle else order).repeat()
+
+    def _selected(self, select: Select) -> list[tuple[int, int]]:
+        chosen = select(self._encoded(*place) for place in self._kept)
+        if not len(chosen):
+            raise ValueError(
+                f"no records are left of {len(self._kept)} that fit: none was selected"
+            )
+        if len(chosen) < len(self._kept):
+            _log.info("kept %d of %d records that fit", len(chosen), len(self._kept))
+        return [self._kept[place] for place in chosen]
 
     def get(self, position: int, rows: slice, n: int) -> list[Drawn]:
         """The rows `rows` of the batch of `n` records at `position`."""

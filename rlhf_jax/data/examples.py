@@ -1,11 +1,12 @@
 """Supervised rows: a prompt and a completion as one right-padded row, in batches of any kind."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_jax.data.draws import Drawn, Draws
+from rlhf_jax.data.draws import Drawn, Draws, Select
 from rlhf_jax.data.sources import Record, RecordSource
 from rlhf_jax.text.tokenizer import Tokenizer, encode_start
 from rlhf_jax.types import Labelled, Pairs, Steps, Texts
@@ -28,7 +29,7 @@ class ExampleSource:
     Made by `texts`, `pairs`, `correctness` and `step_labels`.
 
     Args:
-        sources, encode, length, seed, shuffle, overlong: see `Draws`.
+        sources, encode, length, seed, shuffle, overlong, select: see `Draws`.
         collate: drawn records -> one batch.
         max_length: S, in tokens.
     """
@@ -44,6 +45,7 @@ class ExampleSource:
         seed: int,
         shuffle: bool,
         overlong: str,
+        select: Select | None = None,
     ):
         self._collate = collate
         self._draws = Draws(
@@ -55,6 +57,7 @@ class ExampleSource:
             overlong=overlong,
             seed=seed,
             shuffle=shuffle,
+            select=select,
         )
 
     def __len__(self) -> int:
@@ -65,6 +68,17 @@ class ExampleSource:
     def num_overlong(self) -> int:
         """How many records were longer than `max_length`."""
         return self._draws.num_overlong
+
+    @property
+    def total(self) -> int:
+        """Records of all sources, drawn or not: `Pairs.record` is below."""
+        return self._draws.total
+
+    def reordered(self, seed: int) -> "ExampleSource":
+        """The same records in the order of another seed."""
+        other = copy.copy(self)
+        other._draws = self._draws.reordered(seed)
+        return other
 
     def batch(self, position: int, rows: slice, n: int) -> Texts | Pairs | Labelled | Steps:
         """The rows `rows` of the batch of `n` records after `position` draws.

@@ -1,14 +1,17 @@
 """Preferences and correctness labels for outcome reward models."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_jax.data.draws import Drawn
+from rlhf_jax.data.balance import Augmented, balanced_indices, confident_indices
+from rlhf_jax.data.draws import Drawn, Select
 from rlhf_jax.data.examples import ExampleSource, Row, first_field, flag, pad_rows, share
 from rlhf_jax.data.forms import Form
 from rlhf_jax.data.sources import Record, RecordSource
+from rlhf_jax.text.template import render
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import Labelled, Pairs
 
@@ -19,6 +22,7 @@ class _Pair(NamedTuple):
     label: float
     margin: float
     votes: list[float]
+    confidence: float
 
 
 class _Judged(NamedTuple):
@@ -39,6 +43,9 @@ def pairs(
     chosen: tuple[str, ...] = ("chosen",),
     rejected: tuple[str, ...] = ("rejected",),
     annotators: int = 0,
+    balance_lengths: bool = False,
+    augment: float = 0.0,
+    drop_unsure: float = 0.0,
 ) -> ExampleSource:
     """Batches of `Pairs`, each a prompt with a better and a worse completion.
 
@@ -55,25 +62,25 @@ def pairs(
             and the prompt is how both begin.
         chosen, rejected: the first of these fields that a record has.
         annotators: A, the number of columns of votes.
+        balance_lengths: "the longer wins" is right as often as wrong among the pairs that are
+            kept; see `balanced_indices`. Lengths are those of the halves in tokens.
+        augment: pairs with the answer to another prompt as the rejected side, per pair of a source;
+            see `Augmented`. The prompt must be a field of its own.
+        drop_unsure: the share of pairs of the lowest ``confidence``, a field of every record from 0
+            to 1 (see `mean_confidence`), that is left out, before lengths are balanced.
     """
-
+    for name, given in (("augment", augment), ("drop_unsure", drop_unsure)):
+        if not 0 <= given < 1:
+            raise ValueError(f"{name}={given}; wanted a share from 0 to below 1")
     form = Form(tokenizer, template=template, chat=chat)
+    if augment:
+        asks = functools.partial(_question, template, chat)
+        fields = dict(chosen=chosen, rejected=rejected)
+        sources = [Augmented(s, asks, share=augment, seed=seed, **fields) for s in sources]
 
     def encode(record: Record) -> _Pair:
         names = (first_field(record, chosen), first_field(record, rejected))
-        cut = (flag(record, "chosen_truncated"), flag(record, "rejected_truncated"))
-        better, worse = form.halves(record, names, cut)
-        votes = record.get("votes", [])
-        if len(votes) > annotators:
-            raise ValueError(f"{len(votes)} votes but annotators={annotators}")
-        votes = [np.nan if vote is None else float(vote) for vote in votes]
-        return _Pair(
-            chosen=better,
-            rejected=worse,
-            label=share(record, ("label",)) if "label" in record else 1.0,
-            margin=float(record.get("margin", 0.0)),
-            votes=votes + [np.nan] * (annotators - len(votes)),
-        )
+        return _encoded(form, record, names, annotators, sure=drop_unsure > 0)
 
     def collate(drawn: Sequence[Drawn]) -> Pairs:
         found = [one.encoded for one in drawn]
@@ -95,7 +102,47 @@ def pairs(
         seed=seed,
         shuffle=shuffle,
         overlong=overlong,
+        select=_selection(balance_lengths, drop_unsure, seed),
     )
+
+
+def _encoded(form: Form, record: Record, names: tuple[str, str], annotators: int, sure: bool):
+    """One pair; `sure`: the record says how much its label is to be believed."""
+    cut = (flag(record, "chosen_truncated"), flag(record, "rejected_truncated"))
+    better, worse = form.halves(record, names, cut)
+    votes = record.get("votes", [])
+    if len(votes) > annotators:
+        raise ValueError(f"{len(votes)} votes but annotators={annotators}")
+    votes = [np.nan if vote is None else float(vote) for vote in votes]
+    return _Pair(
+        chosen=better,
+        rejected=worse,
+        label=share(record, ("label",)) if "label" in record else 1.0,
+        margin=float(record.get("margin", 0.0)),
+        votes=votes + [np.nan] * (annotators - len(votes)),
+        confidence=share(record, ("confidence",)) if sure else 1.0,
+    )
+
+
+def _selection(balance: bool, drop: float, seed: int) -> Select | None:
+    """Which pairs are kept; None keeps all."""
+
+    def select(found: Iterator[_Pair]) -> np.ndarray:
+        facts = [(len(p.chosen.tokens), len(p.rejected.tokens), p.confidence) for p in found]
+        lengths = np.array([fact[:2] for fact in facts], np.int64)
+        kept = confident_indices(np.array([fact[2] for fact in facts]), drop=drop)
+        return kept[balanced_indices(*lengths[kept].T, seed=seed)] if balance else kept
+
+    return select if balance or drop else None
+
+
+def _question(template: str | None, chat: str | None, record: Record) -> Any:
+    """What a record asks: its prompt as text, or its messages."""
+    if chat is None:
+        return render(template or "", record)
+    if chat not in record:
+        raise ValueError(f"no field {chat}: augment needs prompts in a field of their own")
+    return record[chat]
 
 
 def correctness(

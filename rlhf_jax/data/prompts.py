@@ -92,6 +92,10 @@ class PromptSource:
             draw=np.array([one.draw for one in drawn], np.int32),
         )
 
+    def place(self, source: int, record: int) -> str:
+        """Where a record stands, for messages."""
+        return self._draws.place(source, record)
+
     def record(self, source: int, index: int) -> Record:
         """All fields of a record, as `Prompts.source` and `Prompts.record` name it."""
         return self._draws.sources[source][index]

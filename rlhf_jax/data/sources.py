@@ -33,6 +33,13 @@ class RecordSource(Protocol):
     def __getitem__(self, index: int, /) -> Record: ...
 
 
+@runtime_checkable
+class PlacedSource(RecordSource, Protocol):
+    """Records that know where they stand, such as a line of a file."""
+
+    def place(self, index: int) -> str: ...
+
+
 class JsonlSource:
     """The records of a JSONL file, and the line that each stands on.
 
@@ -59,9 +66,7 @@ class JsonlSource:
 
 def place(source: RecordSource, index: int) -> str:
     """Where a record stands, for messages: file and line where the source is a file."""
-    if isinstance(source, MappedSource):
-        return source.place(index)
-    return source.place(index) if isinstance(source, JsonlSource) else f"record {index}"
+    return source.place(index) if isinstance(source, PlacedSource) else f"record {index}"
 
 
 class TfdsSource:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from rlhf_jax.models.lora import join
+from rlhf_jax.models.members import each_member
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.ops.groups import join_chunks, repeat_groups, split_chunks
 from rlhf_jax.ops.logprobs import chunked_logprobs
@@ -23,7 +24,7 @@ VALUE_HEAD = "value"  # the one head that speaks before it sees the token
 @pytree
 class TextOutput:
     """Log-probability of each token given those before it (0 in the first column and at
-    padding), and what each head says at the token."""
+    padding), and what each head says at the token; of an ensemble see `by_name`."""
 
     logprobs: Float[Array, "M S"] | None
     scores: dict[str, Float[Array, "M S"]]
@@ -76,7 +77,18 @@ def evaluate_chunk(
 
     Token t lies in column P+t and is predicted in column P+t-1: there log-prob, entropy and
     the value are read. All other heads are read at the token itself.
+
+    Scores of an ensemble are named as in `by_name`.
     """
+    if model.config.members > 1:
+        scores = each_member(
+            lambda one: _evaluate_one(model, one, rollouts, temperature).scores, tree, model.config
+        )
+        return CompletionOutput(logprobs=None, entropy=None, scores=by_name(scores))
+    return _evaluate_one(model, tree, rollouts, temperature)
+
+
+def _evaluate_one(model, tree, rollouts, temperature) -> CompletionOutput:
     config = model.config
     prompts, group = rollouts.prompts, rollouts.group_size
     start, length = prompts.tokens.shape[1], rollouts.tokens.shape[1]
@@ -119,7 +131,48 @@ def evaluate_texts(model: Model, params: Params, frozen: Params, texts: Texts) -
 
     One document per row: attention does not stop at the borders of packed documents.
     """
-    config, tree = model.config, join(params, frozen)
+    tree = join(params, frozen)
+    if model.config.members > 1:
+        scores = member_texts(model, params, frozen, texts, own=False)
+        return TextOutput(logprobs=None, scores=by_name(scores))
+    return _texts_of_one(model, tree, texts)
+
+
+def member_texts(
+    model: Model, params: Params, frozen: Params, texts: Texts, *, own: bool
+) -> dict[str, Float[Array, "E M S"]]:
+    """What each member of an ensemble says of whole texts, by head; 0 at padding.
+
+    Args:
+        own: every member has texts of its own, leaves [E M S]; else all read the same [M S].
+    """
+
+    def scores(one, given=texts):
+        return _texts_of_one(model, one, given).scores
+
+    by_member = (texts,) if own else ()
+    return each_member(scores, join(params, frozen), model.config, *by_member)
+
+
+def member_name(head: str, number: int) -> str:
+    """The name under which an ensemble's output has one member's score of a head."""
+    return f"{head}/{number}"
+
+
+def by_name(scores: dict[str, Float[Array, "E ..."]]) -> dict[str, Float[Array, "..."]]:
+    """An ensemble's scores: the mean over members under the head's name, members behind it.
+
+    So whoever reads a head of a model reads the mean of an ensemble's.
+    """
+    named = {}
+    for head, of_members in scores.items():
+        named[head] = jnp.mean(of_members, axis=0)
+        named |= {member_name(head, number): one for number, one in enumerate(of_members)}
+    return named
+
+
+def _texts_of_one(model, tree, texts) -> TextOutput:
+    config = model.config
     tokens, mask = texts.tokens, texts.mask
     hidden = model.apply(tree, tokens, positions_of(mask), mask, None).hidden
     logprobs = None

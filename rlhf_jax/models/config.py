@@ -9,6 +9,7 @@ NORMS = ("rms", "rms_plus_one", "layer")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 POSITIONS = ("rope", "learned")
 ROPE_SCALINGS = ("none", "linear", "llama3")
+ENSEMBLES = ("none", "independent", "linear", "lora")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,8 @@ class ModelConfig:
         lora_rank: rank of the adapters; 0 = none.
         lora_alpha: adapters are scaled by ``lora_alpha / lora_rank``.
         lora_targets: projections that carry adapters.
+        members: how many reward models this is; 1 = one model.
+        ensemble: what members have of their own; see `rlhf_jax.models.members`.
     """
 
     vocab_size: int
@@ -97,6 +100,8 @@ class ModelConfig:
     lora_rank: int = 0
     lora_alpha: int | float = 16.0
     lora_targets: tuple[str, ...] = PROJECTIONS
+    members: int = 1
+    ensemble: str = "none"
 
     def __post_init__(self):
         for name in _POSITIVE:
@@ -121,6 +126,7 @@ class ModelConfig:
             )
         if len(set(self.score_heads)) != len(self.score_heads):
             raise ValueError(f"model.score_heads={self.score_heads} names a head twice")
+        self._check_members()
 
     def _check_positions(self):
         odd = self.rotary_dim % 2 or not 0 < self.rope_fraction <= 1
@@ -133,6 +139,25 @@ class ModelConfig:
             raise ValueError(
                 f"model.max_positions={self.max_positions} with model.positions="
                 f"{self.positions!r}; learned positions need their number, others have none"
+            )
+
+    def _check_members(self):
+        if (self.members > 1) != (self.ensemble != "none"):
+            raise ValueError(
+                f"members={self.members} with ensemble={self.ensemble!r}; an ensemble has a family "
+                "and 2 or more members, one model is 1 member of no family"
+            )
+        if self.members > 1 and (self.lm_head or not self.score_heads):
+            raise ValueError(
+                f"members={self.members}: an ensemble is a reward model; it has score heads and no "
+                "LM head"
+            )
+        if (self.ensemble == "lora") and not self.lora_rank:
+            raise ValueError("ensemble='lora' needs adapters; set model.lora_rank")
+        if (self.ensemble == "independent") and self.lora_rank:
+            raise ValueError(
+                f"ensemble='independent' with model.lora_rank={self.lora_rank}: whole models have "
+                "no adapters; take ensemble='lora', or model.lora_rank=0"
             )
 
     @property
@@ -149,7 +174,7 @@ class ModelConfig:
 _POSITIVE = (
     "vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_width", "rope_theta",
     "rope_factor", "rope_low", "rope_high", "rope_original", "norm_eps", "embed_scale",
-    "logprob_chunk", "lora_alpha",
+    "logprob_chunk", "lora_alpha", "members",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "max_positions", "window", "rope_theta_local", "attention_scale", "attention_softcap",
@@ -163,6 +188,7 @@ _KNOWN = {
     "activation": ACTIVATIONS,
     "positions": POSITIONS,
     "rope_scaling": ROPE_SCALINGS,
+    "ensemble": ENSEMBLES,
 }
 
 

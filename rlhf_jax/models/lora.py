@@ -26,9 +26,7 @@ def partition(params: Params, config: ModelConfig) -> tuple[Params, Params]:
     """
     if config.lora_rank == 0:
         return params, {}
-    trainable = _select(params, (), _is_trainable)
-    frozen = _select(params, (), lambda path: not _is_trainable(path))
-    return trainable, frozen
+    return select(params, _is_trainable), select(params, lambda path: not _is_trainable(path))
 
 
 def join(trainable: Params, frozen: Params) -> Params:
@@ -61,8 +59,16 @@ def _is_trainable(path: tuple[str, ...]) -> bool:
     return path[-1] in ADAPTERS or path[0] == "heads"
 
 
+def select(params: Params, keep: Callable[[tuple[str, ...]], bool]) -> dict[str, Any]:
+    """The branches of a nested dict that lead to leaves to keep; empty dicts are dropped.
+
+    Raises:
+        ValueError: layers are a list, one tree each.
+    """
+    return _select(params, (), keep)
+
+
 def _select(node: Any, path: tuple[str, ...], keep: Callable[[tuple[str, ...]], bool]) -> Any:
-    """The branches of a nested dict that lead to leaves to keep; empty dicts are dropped."""
     out = {}
     for name, child in node.items():
         below = (*path, name)

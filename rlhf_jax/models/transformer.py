@@ -18,6 +18,7 @@ from rlhf_jax.mesh import ShardingRules, constrain
 from rlhf_jax.models.blocks import Block, capped, norm_of
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.heads import ScalarHead, has_bias, kernel_scale
+from rlhf_jax.models.members import stacked_axes, stacked_init
 from rlhf_jax.models.passes import cached_pass, check_positions, full_pass, sights
 from rlhf_jax.types import Array, Cache, ModelOutput, Params
 
@@ -59,6 +60,9 @@ def _axis_names(module: str, leaf: str) -> tuple[str | None, ...]:
 class Model(NamedTuple):
     """A decoder as functions of its parameters.
 
+    Of an ensemble, `init` and `axes` give the tree of all members (see `rlhf_jax.models.members`),
+    and the other functions take the tree of one member (`each_member`).
+
     init(key) -> params
     axes() -> the same tree with tuples of logical axis names (see mesh.ShardingRules)
     apply(params, tokens[B S], positions[B S], mask[B S], cache or None) -> ModelOutput
@@ -95,11 +99,14 @@ def decoder(config: ModelConfig, rules: ShardingRules = ShardingRules()) -> Mode
         for name in config.score_heads
     }
 
-    def init(key: Array) -> Params:
+    def init_one(key: Array) -> Params:
         return _init_params(config, block, norm, heads, key)
 
+    init = stacked_init(init_one, config)
+
     def axes() -> Any:
-        return _logical_axes(jax.eval_shape(init, jax.random.key(0)))
+        one = _logical_axes(jax.eval_shape(init_one, jax.random.key(0)))
+        return stacked_axes(one, config)
 
     def apply(
         params: Params,

@@ -4,13 +4,13 @@ On the host, in float64: these read a whole evaluation set, not a batch. The exc
 `pair_correct`, which a compiled evaluation step sums up batch by batch.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Shaped
-from scipy import stats
+from jaxtyping import Bool, Float, Shaped
 
 from rlhf_jax.types import Array
 
@@ -24,6 +24,57 @@ def pair_accuracy(chosen: Float[Array, " M"], rejected: Float[Array, " M"]) -> f
     """The share of pairs in the right order; a tie is half a pair, so constants score ½."""
     chosen, rejected = _floats(chosen), _floats(rejected)
     return float(np.mean((chosen > rejected) + 0.5 * (chosen == rejected)))
+
+
+def pair_shares(
+    chosen: Float[Array, " M"], rejected: Float[Array, " M"]
+) -> tuple[float, float, float]:
+    """The shares of pairs in the right order, tied, and in the wrong order; they add up to 1.
+
+    Right + tied / 2 is `pair_accuracy`; right alone counts a tie as a fault.
+    """
+    chosen, rejected = _floats(chosen), _floats(rejected)
+    right, wrong = float(np.mean(chosen > rejected)), float(np.mean(chosen < rejected))
+    return right, float(np.mean(chosen == rejected)), wrong
+
+
+def tie_accuracy(
+    margins: Float[Array, " M"], outcomes: Shaped[Array, " M"], *, threshold: float
+) -> float:
+    """The share of pairs whose outcome is told right where people may say "tie" as well.
+
+    acc_eq of Deutsch, Foster and Freitag 2023, https://arxiv.org/abs/2305.14324, section 3.
+
+    Args:
+        margins: score of the first less that of the second.
+        outcomes: 1 first, -1 second, 0 a tie.
+        threshold: |margin| up to it, itself included, says "tie".
+    """
+    margins = _floats(margins)
+    said = np.sign(margins) * (np.abs(margins) > threshold)
+    return float(np.mean(said == _floats(outcomes)))
+
+
+def best_tie_threshold(
+    margins: Float[Array, " M"], outcomes: Shaped[Array, " M"]
+) -> tuple[float, float]:
+    """The threshold of `tie_accuracy` that gives the most, and what it gives.
+
+    Thresholds that matter are 0 and every |margin|; of equals the smallest is taken. It is chosen
+    on the pairs that it is judged by, as in Deutsch et al. 2023, so it is an upper bound.
+    """
+    margins, outcomes = _floats(margins), _floats(outcomes)
+    size = np.abs(margins)
+    order = np.argsort(size, kind="stable")
+    # From "only equal scores tie" on: each |margin| that turns into a tie gains or loses a pair.
+    told = np.sign(margins) == outcomes
+    change = ((outcomes == 0).astype(int) - told)[order]
+    counts = told.sum() + np.cumsum(change)
+    last = np.append(size[order][1:] != size[order][:-1], True)  # equal sizes turn together
+    thresholds = np.concatenate([[0.0], size[order][last]])
+    found = np.concatenate([[told.sum()], counts[last]])
+    best = int(np.argmax(found))
+    return float(thresholds[best]), float(found[best] / len(margins))
 
 
 def auc(scores: Float[Array, " M"], labels: Shaped[Array, " M"]) -> float:
@@ -40,6 +91,31 @@ def auc(scores: Float[Array, " M"], labels: Shaped[Array, " M"]) -> float:
     rank = (np.cumsum(count) - (count - 1) / 2)[place]  # tied scores share their mean rank
     wins = rank[positive].sum() - num_positive * (num_positive + 1) / 2
     return float(wins / (num_positive * num_negative))
+
+
+def prompt_aucs(
+    scores: Sequence[Float[Array, " _"]], labels: Sequence[Shaped[Array, " _"]]
+) -> Float[np.ndarray, " N"]:
+    """`auc` among the samples of each prompt; NaN where all of them are right, or wrong.
+
+    The mean over prompts is the ROC AUC of PPE (Frick et al. 2024,
+    https://arxiv.org/abs/2410.14872): how well samples of one prompt are told apart, which says
+    nothing of scores of different prompts.
+    """
+    return np.array([auc(s, z) for s, z in zip(scores, labels, strict=True)], np.float64)
+
+
+def within_pass_rates(
+    correct: Sequence[Shaped[Array, " _"]], *, low: float = 0.1, high: float = 0.9
+) -> Bool[np.ndarray, " N"]:
+    """Which prompts have a share of right samples from `low` to `high`, both included.
+
+    PPE drops prompts that nearly always or nearly never come out right (Frick et al. 2024,
+    https://arxiv.org/abs/2410.14872, section 4). Compared as counts, so that 1 of 10 is 0.1.
+    """
+    right = [(int(_positive(z).sum()), len(z)) for z in correct]
+    edge = 1e-9  # shares of a few samples are far wider apart
+    return np.array([low * k - edge <= r <= high * k + edge for r, k in right], bool)
 
 
 def balanced_accuracy(
@@ -80,13 +156,26 @@ def best_of_k(
         if not 1 <= size <= samples:
             raise ValueError(f"size {size} of best_of_k; wanted 1 to {samples}, the samples")
     ordered = np.stack([_by_score(s, g) for s, g in zip(scores, gold, strict=True)])
-    weights = np.array(
+    return (_best_weights(samples, tuple(sizes)) @ ordered.T).mean(axis=1)
+
+
+def best_of_k_curves(
+    scores: Sequence[Float[Array, " _"]], gold: Sequence[Float[Array, " _"]], sizes: Sequence[int]
+) -> Float[np.ndarray, "N J"]:
+    """`best_of_k` of each prompt alone; prompts may have different numbers of samples."""
+    pairs = zip(scores, gold, strict=True)
+    return np.stack([best_of_k(_floats(s)[None], _floats(g)[None], sizes) for s, g in pairs])
+
+
+@functools.cache
+def _best_weights(samples: int, sizes: tuple[int, ...]) -> Float[np.ndarray, "J K"]:
+    """P(the i-th lowest of K is the best of k drawn), for each k."""
+    return np.array(
         [
             [math.comb(i, size - 1) / math.comb(samples, size) for i in range(samples)]
             for size in sizes
         ]
     )
-    return (weights @ ordered.T).mean(axis=1)
 
 
 def wilson_interval(
@@ -106,10 +195,36 @@ def wilson_interval(
     return max(0.0, (centre - reach) / scale), min(1.0, (centre + reach) / scale)
 
 
+def clustered_interval(
+    values: Float[Array, " M"], groups: Shaped[np.ndarray, " M"], *, deviations: float = 1.959964
+) -> tuple[float, float]:
+    """Wilson's interval for a mean of values in [0, 1] that depend on each other within groups.
+
+    The variance of the mean between groups, C/(C−1) Σ_g (Σ_{i in g} (v_i − p))² / M², says how
+    many independent values the M are worth: n = p(1−p) / variance (Korn and Graubard 1998,
+    https://www150.statcan.gc.ca/n1/pub/12-001-x/1998002/article/4356-eng.pdf), at most M. With
+    each value a group of its own, n is M but for C/(C−1). Where nothing varies, n is the number C
+    of groups.
+    """
+    values = _floats(values)
+    total = len(values)
+    if not total:
+        return 0.0, 1.0
+    mean = float(values.mean())
+    _, place = np.unique(np.asarray(groups), return_inverse=True)
+    clusters = int(place.max()) + 1
+    worth = float(clusters)
+    if 0 < mean < 1 and clusters > 1:
+        between = np.bincount(place, weights=values - mean)
+        variance = clusters / (clusters - 1) * float(np.square(between).sum()) / total**2
+        worth = min(float(total), mean * (1 - mean) / variance) if variance else worth
+    return wilson_interval(mean * worth, worth, deviations=deviations)
+
+
 def bootstrap_interval(
     statistic: Callable[[np.ndarray, np.ndarray], float],
-    scores: Sequence[Shaped[np.ndarray, " S"]],
-    labels: Sequence[Shaped[np.ndarray, " S"]],
+    scores: Sequence[Shaped[np.ndarray, " _"]],
+    labels: Sequence[Shaped[np.ndarray, " _"]],
     *,
     resamples: int = 300,
     seed: int = 0,
@@ -117,7 +232,8 @@ def bootstrap_interval(
     """The 95 % interval of ``statistic(scores, labels)`` by the percentile bootstrap over texts.
 
     Efron 1979, https://doi.org/10.1214/aos/1176344552. Whole texts are drawn, because the steps
-    of one text depend on each other.
+    of one text depend on each other. Draws of which the statistic is NaN (an AUC where all texts
+    that were drawn are of one class) are left out; where they are most, so is the interval.
 
     Args:
         scores, labels: one array for each text, with a number for each of its S steps.
@@ -130,15 +246,14 @@ def bootstrap_interval(
             np.concatenate([scores[i] for i in index]), np.concatenate([labels[i] for i in index])
         )
 
-    found = stats.bootstrap(
-        (np.arange(len(scores)),),
-        drawn,
-        n_resamples=resamples,
-        vectorized=False,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    many = len(scores)
+    draws = np.random.default_rng(seed).integers(0, many, (resamples, many))
+    found = np.array([drawn(index) for index in draws])
+    found = found[~np.isnan(found)]
+    if 2 * len(found) < resamples:
+        return math.nan, math.nan
+    low, high = np.quantile(found, (0.025, 0.975))
+    return float(low), float(high)
 
 
 def mean_interval(

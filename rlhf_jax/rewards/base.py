@@ -1,9 +1,9 @@
 """Rewards as values: how to make one, and how several become one.
 
 A reward says scores; what enters the return is made of them in this order:
-normalise by frozen reference statistics -> clip -> shrink, each a function from a reward to a
-reward, and then `combine` weights and adds. `Scores.parts` stay what each source said, before
-any of it. Everything that a new reward needs is imported from here.
+aggregate steps to an outcome -> normalise by frozen reference statistics -> clip -> shrink, each
+a function from a reward to a reward, and then `combine` weights and adds. `Scores.parts` stay what
+each source said, before any of it. Everything that a new reward needs is imported from here.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,13 +15,14 @@ from jaxtyping import Float
 
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.rewards.host import Decode, HostScore, Records, host_reward
-from rlhf_jax.rewards.reshape import clip, normalise, shrink
+from rlhf_jax.rewards.reshape import aggregate_steps, clip, normalise, shrink
 from rlhf_jax.types import Array, Params, Reward, Rollouts, Scores
 
 __all__ = [
     "Decode",
     "Records",
     "add_scores",
+    "aggregate_steps",
     "clip",
     "combine",
     "device_reward",
@@ -42,10 +43,11 @@ _BASE = "lent_base"  # no label of a reward
 def learned_state(model: Model, params: Params) -> dict[str, Params]:
     """The state of a reward that is a model: {"params", "lent_base"}.
 
-    With adapters `params` are these and the heads, and the base under them is not the reward's
-    own: it is lent for a call (`lend_base`) and kept nowhere else. Without, it stays empty.
+    Where `params` are adapters and heads alone, the base under them is not the reward's own: it
+    is lent for a call (`lend_base`) and kept nowhere else. Where they are the whole, there is no
+    such place.
     """
-    lent = {_BASE: {}} if model.config.lora_rank else {}
+    lent = {_BASE: {}} if model.config.lora_rank and "embed" not in params else {}
     return {"params": params, **lent}
 
 

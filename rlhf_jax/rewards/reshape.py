@@ -1,4 +1,4 @@
-"""Functions from a reward to a reward: normalise, then clip, then shrink.
+"""Functions from a reward to a reward: aggregate steps, normalise, then clip, then shrink.
 
 `clip` and `shrink` act on outcome scores only. Process scores telescope (what a solution gains
 step by step it must lose again when it goes back), and bending gains and losses differently would
@@ -7,7 +7,8 @@ pay a policy for going wrong and mending it.
 
 import jax.numpy as jnp
 
-from rlhf_jax.rewards.host import HostScore
+from rlhf_jax.ops.step_labels import aggregate, check_how
+from rlhf_jax.rewards.host import HostBatch, HostScore
 from rlhf_jax.types import Reward, Scores
 
 _FLAT = 1e-6  # a spread below this is a constant score, which is centred but not scaled
@@ -19,6 +20,32 @@ def _wrap(reward, change):
     if isinstance(inner, HostScore):
         return HostScore(lambda state, batch: change(inner.judge, state, batch))
     return lambda state, rollouts: change(inner, state, rollouts)
+
+
+def aggregate_steps(reward: Reward, how: str) -> Reward:
+    """outcome ← outcome + A(process at step ends),  process ← 0: one score to rank solutions by.
+
+    A is `ops.step_labels.aggregate`: min, product, mean, last, sum. It reads the logits of steps,
+    as a process model with ``transform="logit"`` says them. `parts` stay as the source said them.
+
+    Example:
+        >>> steps = process_model(model=model, params=params, transform="logit")
+        >>> weakest = aggregate_steps(steps, "min")
+    """
+    check_how(how)
+
+    def change(score, state, given):
+        scores, state = score(state, given)
+        rollouts = given.rollouts if isinstance(given, HostBatch) else given
+        ends = rollouts.step_ends & rollouts.mask
+        changed = Scores(
+            outcome=scores.outcome + aggregate(scores.process, ends, how=how),
+            process=jnp.zeros_like(scores.process),
+            parts=scores.parts,
+        )
+        return changed, state
+
+    return reward._replace(score=_wrap(reward, change))
 
 
 def normalise(reward: Reward) -> Reward:

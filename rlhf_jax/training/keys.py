@@ -19,6 +19,7 @@ class Purpose(enum.IntEnum):
     REWARD_UPDATE = 5
     CALIBRATE = 6
     EVALUATE = 7
+    CONTINUE = 8
 
 
 def step_key(seed: int, purpose: Purpose, step: int | Array) -> Key[Array, ""]:

@@ -11,11 +11,21 @@ One step minimises a weighted mixture of sources, each normalised by what it its
 r is the outcome head at a text's last token, and at step ends the process head. So a batch with
 few labelled steps does not drown them, and doubling the rows of one source leaves the others'
 gradient alone. One trunk serves all sources; give both heads one name to share the head too.
+
+An ensemble trains in the same step. Members with parameters all their own ("independent", "lora")
+draw rows of their own too, row i·E + e being member e's, and the loss is the sum of theirs, so each
+goes the way it would go alone, but for the clip of the common gradient's norm. Members on one trunk
+("linear") read the same rows, and the loss is the mean of theirs.
+
+With `smoothing` β the label of a pair follows the model whenever the pair was drawn, once an epoch:
+p ← (1 − β) p + β σ(d), d after the update (iterative data smoothing, `rlhf_jax.ops.smoothing`). The
+labels are a part of the state.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,43 +33,40 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from rlhf_jax.models.completions import TextOutput, evaluate_texts
+from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.transformer import Model
-from rlhf_jax.ops import preference
-from rlhf_jax.ops.groups import split_chunks
-from rlhf_jax.ops.masking import last_true, masked_sum, mean_of
+from rlhf_jax.ops.groups import join_chunks, split_chunks
+from rlhf_jax.ops.masking import mean_of
 from rlhf_jax.ops.metrics import single
-from rlhf_jax.ops.reward_metrics import pair_correct
+from rlhf_jax.ops.smoothing import smooth_label
 from rlhf_jax.training.experience import constrain_rows
 from rlhf_jax.training.gradients import Carry, Problem, descend, gradient_sharding, union
-from rlhf_jax.training.state import create_train_state
-from rlhf_jax.types import (
-    Array,
-    Labelled,
-    Metrics,
-    Mixture,
-    Pairs,
-    Params,
-    Steps,
-    Term,
-    Texts,
-    TrainState,
+from rlhf_jax.training.objective import (
+    Objective,
+    chunks_of,
+    ensemble_metrics,
+    forward,
+    head_of,
+    last_scores,
+    losses,
+    own_rows,
+    pair_differences,
+    present_rows,
 )
+from rlhf_jax.training.state import create_train_state
+from rlhf_jax.types import Array, Metrics, Mixture, Params, TrainState
+
+__all__ = [
+    "check_smoothing",
+    "create_supervised_state",
+    "label_tables",
+    "last_scores",
+    "make_supervised_evaluate",
+    "make_supervised_step",
+    "own_rows",
+]
 
 Frozen = Mapping[str, Params]
-Losses = tuple[dict[str, Term], Metrics]
-
-
-class Objective(NamedTuple):
-    """What a mixture is trained towards."""
-
-    model: Model
-    sources: Mapping[str, float]
-    role: str
-    microbatches: int
-    centre_coef: float
-    outcome_head: str
-    process_head: str
 
 
 def make_supervised_step(
@@ -72,6 +79,7 @@ def make_supervised_step(
     centre_coef: float = 0.0,
     outcome_head: str = "outcome",
     process_head: str = "process",
+    smoothing: float = 0.0,
 ) -> Callable[[TrainState, Frozen, Mixture, jax.Array], tuple[TrainState, Metrics]]:
     """A pure function (state, frozen, mixture, key) -> (state, metrics); nothing in it is random.
 
@@ -87,6 +95,8 @@ def make_supervised_step(
         centre_coef: weight of (r_chosen + r_rejected)² beside each source of pairs.
         outcome_head: head that scores whole texts.
         process_head: head that scores steps.
+        smoothing: β of a label's step towards the model, 0 = labels stay; with it the state has
+            `label_tables`, and ``<source>/label_moved`` is how far labels are from those given.
 
     Raises:
         ValueError: no source, or bad sizes; at tracing for a mixture of other sources, or for a
@@ -94,7 +104,7 @@ def make_supervised_step(
     """
     objective = _objective(
         model, sources, role, microbatches, centre_coef, outcome_head, process_head
-    )
+    )._replace(own_rows=own_rows(model.config), smoothing=check_smoothing(model.config, smoothing))
 
     def supervised_step(state, frozen, mixture, key):
         del key  # the signature of all updates
@@ -118,7 +128,9 @@ def make_supervised_evaluate(
     Pairs: ``<source>/accuracy`` (ties half, undecided labels left out), ``/score_chosen``,
     ``/score_rejected``; Labelled and Steps: ``/accuracy`` of "score > 0" per text or step, and
     the same among the right (``/accuracy_right``) and the wrong ones (``/accuracy_wrong``).
-    All are means with counts: add them over batches.
+    All are means with counts: add them over batches. All members of an ensemble read the same
+    rows, and the above are means over members too; Pairs also give ``/accuracy_of_mean``, that of
+    their mean score, and ``/disagreement``, the standard deviation of d over members.
     """
     objective = _objective(model, sources, role, microbatches, 0.0, outcome_head, process_head)
 
@@ -129,10 +141,40 @@ def make_supervised_evaluate(
 
 
 def create_supervised_state(
-    params: Params, optimizer: optax.GradientTransformation, mesh: Mesh, *, role: str = "policy"
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    role: str = "policy",
+    init: Callable[[], Any] = lambda: (),
 ) -> TrainState:
-    """The state of a supervised run: one role, no algorithm. Parameters are copied."""
-    return create_train_state({role: params}, {role: optimizer}, lambda: (), mesh)
+    """The state of a supervised run: one role. Parameters are copied.
+
+    Args:
+        init: gives `label_tables` for a run that smooths labels, else nothing.
+    """
+    return create_train_state({role: params}, {role: optimizer}, init, mesh)
+
+
+def label_tables(records: Mapping[str, int]) -> dict[str, Float[Array, " R"]]:
+    """The labels of a run that smooths them, by source of pairs: NaN where none was drawn yet.
+
+    Args:
+        records: how many each source has; `Pairs.record` is below.
+    """
+    return {name: jnp.full((total,), jnp.nan, jnp.float32) for name, total in records.items()}
+
+
+def check_smoothing(model: ModelConfig, smoothing: float) -> float:
+    """The given β; a ValueError if it is no share, or labels would follow an ensemble."""
+    if not 0 <= smoothing <= 1:
+        raise ValueError(f"smoothing={smoothing}; wanted 0 (off) to 1, such as 0.1")
+    if smoothing and model.members > 1:
+        raise ValueError(
+            f"smoothing={smoothing} with {model.members} members: labels follow one model; "
+            "set smoothing to 0, or train one member"
+        )
+    return smoothing
 
 
 def _objective(model, sources, role, microbatches, centre_coef, outcome_head, process_head):
@@ -146,165 +188,77 @@ def _objective(model, sources, role, microbatches, centre_coef, outcome_head, pr
 
 
 def _train(objective, optimizers, state, frozen, mixture):
+    given, tables = mixture, state.algorithm
+    if objective.smoothing:
+        mixture = given | {name: _with_label(given[name], table) for name, table in tables.items()}
     problem = Problem(
-        functools.partial(_forward, objective, frozen),
-        functools.partial(_loss, objective),
+        functools.partial(forward, objective, frozen),
+        functools.partial(losses, objective),
         gradient_sharding({objective.role: objective.model}),
     )
     carry = Carry(dict(state.params), dict(state.opt_state), state.skipped)
-    carry, metrics = descend(problem, optimizers, carry, _chunks(objective, mixture))
+    carry, metrics = descend(problem, optimizers, carry, chunks_of(objective, mixture))
+    if objective.smoothing:
+        with jax.named_scope("smooth_labels"):
+            tables = _moved(objective, frozen, carry.params, mixture, tables)
+        moved = {
+            f"{name}/label_moved": mean_of(
+                jnp.abs(table[given[name].record] - given[name].label),
+                present_rows(given[name].chosen),
+            )
+            for name, table in tables.items()
+        }
+        metrics = union(metrics, moved)
     state = TrainState(
         step=state.step + 1,
         params=carry.params,
         opt_state=carry.opt_state,
-        algorithm=state.algorithm,
+        algorithm=tables,
         skipped=carry.skipped,
     )
     in_row = single(carry.skipped.astype(jnp.float32))
     return state, metrics | {"update/skipped_in_row": in_row}
 
 
+def _with_label(rows, table):
+    """Pairs with the labels of the table, and their own where it has none yet."""
+    known = table[rows.record]
+    return dataclasses.replace(rows, label=jnp.where(jnp.isnan(known), rows.label, known))
+
+
+def _moved(objective, frozen, params, mixture, tables):
+    """The tables after every label of the mixture made its step towards the model.
+
+    A record that was drawn twice has the same label and the same score twice, and one new label.
+    """
+
+    def differences(chunk):
+        outputs = forward(objective, frozen, params, chunk)
+        return {
+            name: pair_differences(head_of(outputs[name], objective.outcome_head), rows)
+            for name, rows in chunk.items()
+        }
+
+    pairs = {name: mixture[name] for name in tables}
+    chunks = constrain_rows(
+        split_chunks(pairs, objective.microbatches), objective.model.rules, chunked=True
+    )
+    found = join_chunks(jax.lax.map(differences, chunks))
+    return {
+        name: table.at[pairs[name].record].set(
+            smooth_label(pairs[name].label, found[name], objective.smoothing)
+        )
+        for name, table in tables.items()
+    }
+
+
 def _evaluate(objective, params, frozen, mixture):
     def evaluate(chunk):
-        terms, metrics = _loss(objective, _forward(objective, frozen, params, chunk), chunk)
+        outputs = forward(objective, frozen, params, chunk)
+        terms, metrics = losses(objective, outputs, chunk)
+        if objective.model.config.members > 1:
+            metrics = union(metrics, ensemble_metrics(objective, outputs, chunk))
         return union({f"loss/{name}": term.mean for name, term in terms.items()}, metrics)
 
-    metrics = jax.lax.map(evaluate, _chunks(objective, mixture))
+    metrics = jax.lax.map(evaluate, chunks_of(objective, mixture))
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)
-
-
-def _chunks(objective, mixture):
-    """The mixture, every source split into microbatches."""
-    if mixture.keys() != objective.sources.keys():
-        raise ValueError(
-            f"the mixture has the sources {sorted(mixture)}; wanted {sorted(objective.sources)}"
-        )
-    chunks = split_chunks(mixture, objective.microbatches)
-    return constrain_rows(chunks, objective.model.rules, chunked=True)
-
-
-def _forward(objective, frozen, params, mixture):
-    """The model's output for every source."""
-
-    def run(texts):
-        role = objective.role
-        return evaluate_texts(objective.model, params[role], frozen[role], texts)
-
-    outputs = {}
-    for name, rows in mixture.items():
-        with jax.named_scope(name):
-            outputs[name] = run(_texts(rows))
-    return outputs
-
-
-def _texts(rows) -> Texts:
-    """The texts to forward. A pair's two become neighbours: rows stay on their devices."""
-    match rows:
-        case Texts():
-            return rows
-        case Pairs():
-            return jax.tree.map(_interleave, rows.chosen, rows.rejected)
-        case _:
-            return rows.texts
-
-
-def _interleave(chosen, rejected):
-    """[M S], [M S] -> [2M S]."""
-    both = jnp.stack([chosen, rejected], axis=1)
-    return jnp.reshape(both, (2 * chosen.shape[0], *chosen.shape[1:]))
-
-
-def _loss(objective, outputs, mixture) -> Losses:
-    """Terms and metrics of all sources."""
-    terms, metrics = {}, {}
-    for name, rows in mixture.items():
-        means, report = _source_means(objective, outputs[name], rows)
-        weight = objective.sources[name]
-        terms[name] = Term(weight=weight, mean=means["loss"])
-        if "centre" in means and objective.centre_coef:
-            centre_weight = weight * objective.centre_coef
-            terms[f"{name}_centre"] = Term(weight=centre_weight, mean=means["centre"])
-        metrics |= {f"{name}/{key}": mean for key, mean in report.items()}
-    return terms, metrics
-
-
-def _source_means(objective, output, rows):
-    """(losses, metrics) of one source, as means by name."""
-    match rows:
-        case Texts():
-            return {"loss": texts_mean(output, rows)}, {}
-        case Pairs():
-            return _pair_means(_head(output, objective.outcome_head), rows)
-        case Labelled():
-            return _labelled_means(_head(output, objective.outcome_head), rows)
-        case Steps():
-            return _step_means(_head(output, objective.process_head), rows)
-        case _:
-            raise TypeError(f"a source holds {type(rows).__name__}; known: {Mixture}")
-
-
-def texts_mean(output: TextOutput, rows: Texts):
-    """−log p(token | past) over the tokens of `loss_mask`, as a token mean in nats.
-
-    A row's first token has no past and never counts.
-    """
-    column = jax.lax.broadcasted_iota(jnp.int32, rows.mask.shape, 1)
-    return mean_of(-output.logprobs, rows.loss_mask & rows.mask & (column > 0))
-
-
-def last_scores(scores: Float[Array, "M S"], texts: Texts) -> Float[Array, " M"]:
-    """Each text's score at its last token; 0 for rows of padding."""
-    return masked_sum(scores, last_true(texts.mask), axis=-1)
-
-
-def _pair_means(scores, rows):
-    by_pair = jnp.reshape(last_scores(scores, _texts(rows)), (-1, 2))
-    chosen, rejected = by_pair[:, 0], by_pair[:, 1]
-    present = _present(rows.chosen) & _present(rows.rejected)
-    loss = preference.bradley_terry(chosen, rejected, label=rows.label, margin=rows.margin)
-    right = pair_correct(chosen, rejected)
-    right = jnp.where(rows.label > 0.5, right, 1 - right)
-    losses = {
-        "loss": mean_of(loss, present),
-        "centre": mean_of(preference.centre(chosen, rejected), present),
-    }
-    return losses, {
-        "accuracy": mean_of(right, present & (rows.label != 0.5)),
-        "score_chosen": mean_of(chosen, present),
-        "score_rejected": mean_of(rejected, present),
-    }
-
-
-def _labelled_means(scores, rows):
-    score, present = last_scores(scores, rows.texts), _present(rows.texts)
-    loss = mean_of(preference.correctness(score, rows.label), present)
-    return {"loss": loss}, _accuracies(score, rows.label, present)
-
-
-def _step_means(scores, rows):
-    ends = rows.step_ends & rows.texts.mask
-    loss = preference.step_cross_entropy(scores, rows.labels, ends)
-    losses = {"loss": mean_of(loss, jnp.any(ends, axis=-1))}
-    return losses, _accuracies(scores, rows.labels, ends)
-
-
-def _accuracies(scores, labels, present):
-    """How often "score > 0" agrees with "label > 1/2", over all and within either class."""
-    positive = labels > 0.5
-    agrees = (scores > 0) == positive
-    return {
-        "accuracy": mean_of(agrees, present),
-        "accuracy_right": mean_of(agrees, present & positive),
-        "accuracy_wrong": mean_of(agrees, present & ~positive),
-    }
-
-
-def _present(texts):
-    """Rows that hold any token: the last batch of an evaluation is filled up with padding."""
-    return jnp.any(texts.mask, axis=-1)
-
-
-def _head(output, name):
-    if name not in output.scores:
-        raise ValueError(f"the model has no head {name!r}; its heads: {sorted(output.scores)}")
-    return output.scores[name]

@@ -7,6 +7,7 @@ import pathlib
 import pytest
 from ml_collections import ConfigDict
 
+from rlhf_jax import label_steps, sections
 from rlhf_jax.pipeline import PROGRAMS, check
 from rlhf_jax.policy_plan import make_plan
 
@@ -54,6 +55,11 @@ def test_a_config_names_what_exists(name, tmp_path, monkeypatch):
     config = load(name)
     if "stages" in config:
         assert {stage.program for _, stage in check(config)} <= PROGRAMS.keys()
+    elif "label" in config:
+        sections.check("label_steps", config)
+        label_steps.check_config(config)
+    elif "reward_sets" in config:
+        sections.check("evaluate", config)
     else:
         plan = make_plan(config)
         assert plan.described["policy"].vocab_size == plan.tokenizer.vocab_size

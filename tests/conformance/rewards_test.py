@@ -14,6 +14,7 @@ from rlhf_jax.mesh import ShardingRules, make_mesh, shard_batch
 from rlhf_jax.models.config import named_size
 from rlhf_jax.models.transformer import decoder
 from rlhf_jax.rewards.base import combine
+from rlhf_jax.rewards.code_sandbox import namespaces_work
 from tests.rewards.examples import TOKENIZER, permute_groups, random_rollouts, spell
 
 MEMBERS = members("rewards")
@@ -23,28 +24,52 @@ CONFIG = named_size(
 )
 MODEL = decoder(CONFIG)
 PARAMS = MODEL.init(jax.random.key(0))
+MEMBERS_CONFIG = dataclasses.replace(CONFIG, members=3, ensemble="linear")
+MEMBERS_MODEL = decoder(MEMBERS_CONFIG)
+MEMBERS_PARAMS = MEMBERS_MODEL.init(jax.random.key(0))
 NUMBERS = [3, 5, 7, 11]
+# What the graders read of a record; all of them call the first answer of a group right.
+RECORDS = [
+    {
+        "answer": f"#### {number}",
+        "letter": letter,
+        "instruction_id_list": ["punctuation:no_comma"],
+        "kwargs": [{}],
+        "test_list": [f"assert so == {number}"],
+    }
+    for number, letter in zip(NUMBERS, "ABCD", strict=True)
+]
 RESOURCES = {
     "model": MODEL,
     "params": PARAMS,
     "rows": 4,
     "decode": TOKENIZER.decode,
     "words": ("so",),
-    "records": lambda source, record: {"answer": f"#### {NUMBERS[record]}"},
+    "records": lambda source, record: RECORDS[record],
+    "allow": True,
+    "isolation": "hook" if namespaces_work() else "namespaces",
 }
+FIELDS = {"choice": {"answer": "letter"}}  # where a member reads another field than most
 
 
 def made(name, **changes):
     """The member with its default values and the resources that it names."""
     factory = find("rewards", name)
-    resources = {**RESOURCES, "mesh": make_mesh({"data": 2}, jax.devices()[:2]), **changes}
+    resources = {**RESOURCES, "mesh": make_mesh({"data": 2}, jax.devices()[:2])}
+    if name == "ensemble":
+        resources |= {"model": MEMBERS_MODEL, "params": MEMBERS_PARAMS}
+    resources |= changes
     wanted = inspect.signature(factory).parameters
-    return factory(**{k: v for k, v in resources.items() if k in wanted})
+    given = {k: v for k, v in resources.items() if k in wanted}
+    return factory(**given, **FIELDS.get(name, {}))
 
 
 def batch():
     """Four groups of two; half of the answers are right; one completion is cut off."""
-    answers = [[f"a step\nso\n#### {n}", f"#### {n + 1}\nlonger than the other"] for n in NUMBERS]
+    answers = [  # the first is Python as well
+        [f"so={n}\n#Answer: {letter}\n#### {n}", f"#### {n + 1}\nlonger,than the other"]
+        for n, letter in zip(NUMBERS, "ABCD", strict=True)
+    ]
     prompts = [f"question {'x' * n}" for n in NUMBERS]
     rollouts = spell(prompts, [text for pair in answers for text in pair], group=2)
     breaks = (rollouts.tokens == ord("\n")) & rollouts.mask
@@ -68,7 +93,8 @@ def assert_same(a, b):
 
 
 def test_the_shelf_has_the_members_of_this_step():
-    assert {"exact_match", "keywords", "length", "outcome_model", "process_model"} <= set(MEMBERS)
+    learned = {"ensemble", "outcome_model", "process_model"}
+    assert {"exact_match", "keywords", "length", *learned} <= set(MEMBERS)
 
 
 @pytest.mark.parametrize("name", MEMBERS)
@@ -99,8 +125,9 @@ def test_padding_says_nothing(name):
         behaviour_logprobs=np.where(mask, rollouts.behaviour_logprobs, np.nan).astype(np.float32),
         step_ends=rollouts.step_ends | ~mask,
     )
-    table = PARAMS["embed"]["table"].at[TOKENIZER.pad_id].set(jnp.nan)
-    poisoned = {**PARAMS, "embed": {**PARAMS["embed"], "table": table}}
+    params = MEMBERS_PARAMS if name == "ensemble" else PARAMS
+    table = params["embed"]["table"].at[TOKENIZER.pad_id].set(jnp.nan)
+    poisoned = {**params, "embed": {**params["embed"], "table": table}}
     (clean, score), dirty = usual(name), made(name, params=poisoned)
     expected, _ = score(clean.init(), rollouts)
     found, _ = score(dirty.init(), changed)  # parameters are state: the same program

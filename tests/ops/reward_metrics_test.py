@@ -101,3 +101,96 @@ def test_bootstrap_covers_the_truth_and_respects_texts():
     twice = [np.repeat(x, 5) for x in scores], [np.repeat(x, 5) for x in labels]
     repeated = rm.bootstrap_interval(rm.auc, *twice, resamples=100, seed=39)
     assert repeated == pytest.approx((low, high))
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_every_subset_up_to_twelve_samples(ties):
+    # A-PPE-1: all C(M, K) subsets for M up to 12, to 1e-12.
+    for samples in (1, 7, 12):
+        scores = RNG.integers(0, 4, samples) if ties else RNG.normal(size=samples)
+        gold = RNG.normal(size=samples)
+        sizes = list(range(1, samples + 1))
+        found = rm.best_of_k_curves([scores.astype(float)], [gold], sizes)[0]
+        for size, value in zip(sizes, found, strict=True):
+            total = 0.0
+            for subset in itertools.combinations(range(samples), size):
+                top = max(scores[i] for i in subset)
+                total += np.mean([gold[i] for i in subset if scores[i] == top])
+            assert value == pytest.approx(total / math.comb(samples, size), abs=1e-12)
+
+
+def test_prompts_with_different_numbers_of_samples():
+    scores = [RNG.normal(size=3), RNG.normal(size=5)]
+    gold = [RNG.normal(size=3), RNG.normal(size=5)]
+    found = rm.best_of_k_curves(scores, gold, [1, 3])
+    for row in range(2):
+        wanted = rm.best_of_k(scores[row][None], gold[row][None], [1, 3])
+        np.testing.assert_allclose(found[row], wanted, atol=1e-12)
+    with pytest.raises(ValueError, match="size 4 of best_of_k; wanted 1 to 3"):
+        rm.best_of_k_curves(scores, gold, [4])
+
+
+def test_aucs_within_prompts_against_all_pairs():
+    scores = [RNG.integers(0, 4, k).astype(float) for k in (6, 9, 4)]
+    labels = [RNG.integers(0, 2, 6), RNG.integers(0, 2, 9), np.ones(4, int)]
+    labels[0][:2] = labels[1][:2] = 0, 1
+    found = rm.prompt_aucs(scores, labels)
+    for s, z, value in list(zip(scores, labels, found, strict=True))[:2]:
+        wins = [(p > n) + 0.5 * (p == n) for p in s[z == 1] for n in s[z == 0]]
+        assert value == pytest.approx(np.mean(wins), abs=1e-12)
+    assert math.isnan(found[2])
+
+
+def test_pass_rates_on_random_matrices():
+    # A-PPE-3: prompts with a pass rate outside [0.1, 0.9] are excluded.
+    for samples in (1, 4, 10, 32):
+        correct = [RNG.random(samples) < share for share in RNG.random(60)]
+        correct += [np.ones(samples, bool), np.zeros(samples, bool)]
+        kept = rm.within_pass_rates(correct)
+        for row, keep in zip(correct, kept, strict=True):
+            right = sum(row.tolist())
+            assert keep == (10 * right >= samples and 10 * right <= 9 * samples)
+    tenth = [np.arange(10) < 1, np.arange(10) < 9]
+    assert rm.within_pass_rates(tenth).all()  # both ends belong to it
+    assert rm.within_pass_rates([np.ones(3, bool)], low=0.0, high=1.0).all()
+
+
+def test_shares_of_pairs():
+    chosen, rejected = np.array([2.0, 1.0, 0.0, 3.0]), np.array([1.0, 1.0, 5.0, -3.0])
+    assert rm.pair_shares(chosen, rejected) == (0.5, 0.25, 0.25)
+
+
+@pytest.mark.parametrize("digits", [0, 3])
+def test_ties_against_every_threshold(digits):
+    margins = np.round(RNG.normal(size=60), digits)
+    outcomes = RNG.integers(-1, 2, 60)
+
+    def slow(threshold):
+        said = [0 if abs(d) <= threshold else (1 if d > 0 else -1) for d in margins]
+        return np.mean([s == y for s, y in zip(said, outcomes, strict=True)])
+
+    assert rm.tie_accuracy(margins, outcomes, threshold=0.5) == pytest.approx(slow(0.5), abs=1e-12)
+    threshold, best = rm.best_tie_threshold(margins, outcomes)
+    assert best == pytest.approx(max(map(slow, [0.0, *np.abs(margins)])), abs=1e-12)
+    assert rm.tie_accuracy(margins, outcomes, threshold=threshold) == pytest.approx(best, abs=1e-12)
+
+
+def test_clustered_interval():
+    values = (RNG.random(200) < 0.7).astype(float)
+    alone = rm.clustered_interval(values, np.arange(200))
+    assert alone == pytest.approx(rm.wilson_interval(values.sum(), 200), abs=2e-3)
+    # Values that only repeat each other are worth one each.
+    repeated = rm.clustered_interval(np.repeat(values, 9), np.repeat(np.arange(200), 9))
+    assert repeated == pytest.approx(alone, abs=1e-12)
+    assert rm.clustered_interval(np.ones(12), np.repeat(np.arange(4), 3)) == pytest.approx(
+        rm.wilson_interval(4, 4)
+    )
+    assert rm.clustered_interval(np.zeros(0), np.zeros(0)) == (0.0, 1.0)
+    inside = 0
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        shares = np.repeat(rng.beta(2, 2, 60), 5)  # mean ½, alike within groups of five
+        drawn = (rng.random(300) < shares).astype(float)
+        low, high = rm.clustered_interval(drawn, np.repeat(np.arange(60), 5))
+        inside += low <= 0.5 <= high
+    assert 0.9 <= inside / 100 <= 0.99

@@ -1,11 +1,19 @@
-"""normalise, clip, shrink: literal numbers, their order, frozen statistics."""
+"""aggregate_steps, normalise, clip, shrink: literal numbers, their order, frozen statistics."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.rewards.base import clip, combine, device_reward, host_reward, normalise, shrink
+from rlhf_jax.rewards.base import (
+    aggregate_steps,
+    clip,
+    combine,
+    device_reward,
+    host_reward,
+    normalise,
+    shrink,
+)
 from rlhf_jax.types import Reward, Scores
 from tests.rewards.examples import TOKENIZER, random_rollouts, spell
 
@@ -148,3 +156,51 @@ def test_normalise_is_compiled_once_over_changing_statistics():
     state = reward.calibrate(state, random_rollouts(1))
     score(state, random_rollouts(2))
     assert score._cache_size() == 1
+
+
+def steps_of(process, ends):
+    """A reward that says these process scores, and rollouts of one prompt with these ends."""
+    rollouts = spell(["q"], ["abcd"] * len(process), group=len(process), step_ends=np.array(ends))
+    return given([0.0] * len(process), np.array(process, np.float32)), rollouts
+
+
+def test_steps_become_one_outcome_and_leave_no_process_score():
+    logits = [[2.0, 0.0, -1.0, 7.0, 7.0], [0.0, 0.0, 3.0, 0.0, 7.0]]
+    ends = [[True, False, True, False, False], [False, False, True, False, False]]
+    reward, rollouts = steps_of(logits, ends)
+    odds = np.exp([2.0, -1.0, 3.0])
+    first, second, alone = odds / (1 + odds)
+    wanted = dict(
+        min=(second, alone),
+        product=(first * second, alone),
+        mean=((first + second) / 2, alone),
+        last=(second, alone),
+        sum=(1.0, 3.0),
+    )
+    for how, outcome in wanted.items():
+        scores = scored(aggregate_steps(reward, how), rollouts)
+        np.testing.assert_allclose(scores.outcome, outcome, rtol=1e-6, err_msg=how)
+        np.testing.assert_array_equal(scores.process, np.zeros((2, 5)))
+        np.testing.assert_array_equal(
+            scores.parts["given"], scored(reward, rollouts).parts["given"]
+        )
+
+
+def test_aggregated_steps_rank_by_the_weakest_step_as_normalised_outcomes():
+    reward, rollouts = steps_of(
+        [[5.0, 5.0, 0, 0, 0], [9.0, -9.0, 0, 0, 0]], [[True] * 2 + [False] * 3] * 2
+    )
+    wrapped = normalise(aggregate_steps(reward, "min"))
+    state = wrapped.calibrate(wrapped.init(), rollouts)
+    np.testing.assert_allclose(scored(wrapped, rollouts, state).outcome, [1.0, -1.0], rtol=1e-5)
+
+
+def test_steps_outside_of_a_completion_are_not_aggregated():
+    reward, rollouts = steps_of([[4.0, 0, 0, 0, -4.0]], [[True, False, False, False, True]])
+    cut = type(rollouts)(**{**vars(rollouts), "mask": np.array([[True] * 4 + [False]])})
+    np.testing.assert_allclose(scored(aggregate_steps(reward, "sum"), cut).outcome, [4.0])
+
+
+def test_an_unknown_way_to_aggregate_is_an_error():
+    with pytest.raises(ValueError, match=r"'best'.*min, product, mean, last, sum"):
+        aggregate_steps(lengths(), "best")

@@ -1,0 +1,130 @@
+"""Learned rewards outside of a policy run: what they say of a policy's samples, by the same code.
+
+`judge` asks rewards that need no model; here are all others, from the folder of a run or of Hugging
+Face's form, with wrappers and other tokens as in a policy run.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from jaxtyping import Float
+from ml_collections import ConfigDict
+from numpy import ndarray
+
+from rlhf_jax import build, roles
+from rlhf_jax.judge import Judge, make_judge
+from rlhf_jax.mesh import ShardingRules, fetch_host
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.transformer import decoder
+from rlhf_jax.ops.masking import masked_sum
+from rlhf_jax.policy_sampler import PolicySampler
+from rlhf_jax.reward_texts import own_tokenizers, writers
+from rlhf_jax.rewards.other_tokens import Writer, translated
+from rlhf_jax.training.experience import compile_score
+from rlhf_jax.training.keys import Purpose, step_key
+from rlhf_jax.types import Reward, Rollouts
+
+
+class _Plan(NamedTuple):
+    """What a learned reward will be; no parameters are read yet."""
+
+    config: ConfigDict
+    label: str
+    section: ConfigDict
+    mesh: Mesh
+    rules: ShardingRules
+    described: ModelConfig
+    writer: Writer | None
+
+
+def check_learned(label: str, section: ConfigDict) -> None:
+    """Raises a ValueError for a reward that cannot be made; opens nothing."""
+    build.check_reward(label, _weighed(section))
+
+
+def make_learned(label: str, config: ConfigDict) -> Callable[[PolicySampler], Judge]:
+    """A function from a policy's sampler to the judge of its samples: the reward
+    ``config.rewards[label]``, learned or not.
+
+    The score is outcome plus the sum of process scores. A reward with statistics of its own
+    (``normalise``, an ensemble) takes them from the first samples that it judges, and keeps them.
+
+    Raises:
+        ValueError: for bad input, before any device is touched.
+    """
+    section = config.rewards[label]
+    check_learned(label, section)
+    changes = build.reward_model(section)
+    if changes is None:
+        return lambda sampler: make_judge(f"rewards.{label}", section, sampler)
+    plan = _plan(label, config, changes)
+    made: dict[str, Any] = {}  # parameters and statistics are those of all policies
+
+    def judge_of(sampler: PolicySampler) -> Judge:
+        if not made:
+            made["params"] = _load(plan)
+        reward = _reward(plan, made["params"], sampler)
+        score = compile_score(reward.score) if reward.where == "device" else reward.score
+
+        def judge(rollouts: Rollouts) -> Float[ndarray, " B"]:
+            with jax.set_mesh(plan.mesh):
+                if "state" not in made:
+                    state = reward.init()
+                    calibrate = reward.calibrate
+                    made["state"] = state if calibrate is None else calibrate(state, rollouts)
+                scores, _ = score(made["state"], rollouts)
+                return fetch_host(
+                    scores.outcome + masked_sum(scores.process, rollouts.mask, axis=-1)
+                )
+
+        return judge
+
+    return judge_of
+
+
+def _plan(label: str, config: ConfigDict, changes: dict[str, Any]) -> _Plan:
+    """Checks what a learned reward starts from."""
+    path, section = f"rewards.{label}", config.rewards[label]
+    folder = section.get("init_from", "")
+    if not folder:
+        raise ValueError(f"{path}.init_from is empty; name the run or folder of a reward model")
+    text = build.tokenizer(config)
+    mesh, rules = build.mesh(config)
+    own = own_tokenizers(config, text)
+    vocabulary = own[label].vocab_size if label in own else text.vocab_size
+    described = roles.describe(
+        ConfigDict(dict(init_from=folder)),
+        vocabulary,
+        path=path,
+        **(changes | {"lora_rank": 0} | roles.ensemble_of(folder)),
+    )
+    roles.check_heads(path, folder, changes["score_heads"])
+    roles.check_start(path, folder)
+    theirs = {label: own[label]} if label in own else {}
+    writer = writers(config, theirs, {label: described.vocab_size}).get(label)
+    return _Plan(config, label, _weighed(section), mesh, rules, described, writer)
+
+
+def _load(plan: _Plan) -> Any:
+    """The parameters, sharded."""
+    model, place = decoder(plan.described, plan.rules), (plan.mesh, plan.rules)
+    with jax.set_mesh(plan.mesh):
+        known = roles.load(plan.section.init_from, *place, dtype=plan.described.param_dtype)
+        key = step_key(plan.config.seed, Purpose.INIT_REWARD, 0)
+        return roles.fill(model, known, key, *place)
+
+
+def _reward(plan: _Plan, params: Any, sampler: PolicySampler) -> Reward:
+    """The reward with its wrappers, reading the samples of ``sampler``."""
+    texts = dict(decode=sampler.text.decode, records=sampler.record)
+    model = decoder(plan.described, plan.rules)
+    resources = dict(rows=None, mesh=plan.mesh, model=model, params=params, **texts)
+    made = build.reward(plan.label, plan.section, resources)
+    return made if plan.writer is None else translated(made, plan.writer, **texts)
+
+
+def _weighed(section: ConfigDict) -> ConfigDict:
+    """The section with the weight that a policy run wants of a reward."""
+    return ConfigDict({"weight": 1.0, **section.to_dict()})

@@ -1,0 +1,81 @@
+"""Work in parts that are written as they are done, so that a run that was killed goes on.
+
+A part is a JSONL file in the folder ``parts/`` of a run, there whole or not at all. Parts are done
+in order, and which work belongs to which must depend on the config alone.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from rlhf_jax import run_folder
+from rlhf_jax.training.writer import write_json, write_parts
+
+Lines = list[dict[str, Any]]
+
+
+def open_parts(folder: pathlib.Path, fingerprint: str) -> pathlib.Path:
+    """The folder of a run's parts, made by process 0 if need be.
+
+    Args:
+        fingerprint: of the input that the parts are made from and no config names.
+
+    Raises:
+        ValueError: the parts there are of other input.
+    """
+    parts = folder / "parts"
+    path = parts / "input.json"
+    if run_folder.agreed(path.is_file()):
+        before = json.loads(read_shared(path))["sha256"]
+        if before != fingerprint:
+            raise ValueError(
+                f"{parts} holds work on other solutions than those of now (sha256 {before[:12]} "
+                f"there, {fingerprint[:12]} now); use a new workdir"
+            )
+    elif jax.process_index() == 0:
+        parts.mkdir(exist_ok=True)
+        write_json(path, {"sha256": fingerprint})
+    run_folder.barrier("parts opened")
+    return parts
+
+
+def through_parts(
+    parts: pathlib.Path, kind: str, work: Callable[[int], Iterator[Lines]]
+) -> Iterator[tuple[bool, Lines]]:
+    """The lines of every part of one kind, and whether they were made now.
+
+    Args:
+        work: gives the lines of each part from the n-th on; called once, with the number of parts
+            that are there already. On every process, which must all say the same.
+    """
+    ready = 0
+    while run_folder.agreed(_path(parts, kind, ready).is_file()):
+        text = read_shared(_path(parts, kind, ready))
+        yield False, [json.loads(line) for line in text.splitlines()]
+        ready += 1
+    for number, lines in enumerate(work(ready), ready):
+        if jax.process_index() == 0:
+            written = (json.dumps(line, sort_keys=True) + "\n" for line in lines)
+            write_parts(_path(parts, kind, number), written)
+        yield True, lines
+
+
+def _path(parts: pathlib.Path, kind: str, number: int) -> pathlib.Path:
+    return parts / f"{kind}-{number:05d}.jsonl"
+
+
+def read_shared(path: pathlib.Path) -> str:
+    """A file of process 0 as text on every process, which may not see its disk."""
+    if jax.process_count() == 1:
+        return path.read_text(encoding="utf-8")
+    mine = jax.process_index() == 0
+    content = np.frombuffer(path.read_bytes() if mine else b"", np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(content))))
+    if not mine:
+        content = np.zeros(size, np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(content))).decode("utf-8")

@@ -1,0 +1,126 @@
+"""Choosing among a policy's samples: known ways agree with each other, and with the score program."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs.best_of_n import get_config
+from rlhf_jax import sections
+from rlhf_jax.evaluate import evaluate
+from rlhf_jax.mesh import make_mesh
+from rlhf_jax.models.config import named_size
+from rlhf_jax.score import score
+from tests.model_folders import read, run_of, write
+
+ALPHABET = "ab \n#12"
+TOKENIZER = "chars:" + ALPHABET
+PROMPTS = ("a", "ab", "ba", "b")
+POLICY = named_size("tiny", layers=1, vocab_size=len(ALPHABET) + 2)
+REWARD = dataclasses.replace(POLICY, lm_head=False, score_heads=("outcome", "process"))
+GOLD = dict(name="keywords", words=("a", "b"), limit=2)
+SIZES = (1, 2, 4, 8)
+
+
+def folders(folder):
+    mesh = make_mesh({"data": -1})
+    for name, model in (("policy", POLICY), ("reward", REWARD)):
+        (folder / name).mkdir(parents=True)
+        run_of(folder / name, model, mesh, TOKENIZER)
+    return folder
+
+
+def config_of(folder, **changes):
+    config = ConfigDict(get_config().to_dict())
+    config.data.update(
+        name="inline", options=dict(prompt=PROMPTS), template="{prompt}", max_prompt=2,
+        tokenizer=TOKENIZER, split="train",
+    )  # fmt: skip
+    config.rollout.update(prompts=4, samples=8, max_tokens=8)
+    config.policies = dict(one=dict(init_from=str(folder / "policy")))
+    config.problems, config.gold = 4, GOLD
+    config.best_of = dict(sizes=SIZES, marker="#", weights="sigmoid", draws=20)
+    for section in config.rewards.values():
+        if "init_from" in section:
+            section.init_from = str(folder / "reward")
+    with config.unlocked():
+        config.rewards.truth = GOLD
+    for path, value in changes.items():
+        section, _, key = path.rpartition(".")
+        target = config[section] if section else config
+        target[key] = value
+    sections.check("evaluate", config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """The numbers of an evaluation, and its folder."""
+    folder = folders(tmp_path_factory.mktemp("best"))
+    numbers = evaluate(config_of(folder), str(folder / "out"))
+    return numbers, folder
+
+
+def test_choosing_by_the_truth_is_the_oracle_and_one_sample_is_no_choice(found):
+    numbers, folder = found
+    for k in SIZES:
+        assert numbers[f"one/best_of_{k}/truth"] == pytest.approx(numbers[f"one/oracle_{k}"])
+        for label in ("outcome", "process", "length"):
+            assert numbers[f"one/best_of_{k}/{label}"] <= numbers[f"one/oracle_{k}"] + 1e-12
+    rows = read(folder / "out/evaluation.jsonl")
+    assert len(rows) == 4 * 8
+    mean = np.mean([row["gold"] for row in rows])
+    for name in ("gold", "oracle_1", "best_of_1/outcome", "best_of_1/process", "best_of_1/length"):
+        assert numbers[f"one/{name}"] == pytest.approx(mean)
+    rising = [numbers[f"one/oracle_{k}"] for k in SIZES]
+    assert rising == sorted(rising) and rising[-1] > rising[0]
+    # Of all eight the estimate is the choice itself.
+    best = [max(rows[i : i + 8], key=lambda row: row["scores"]["outcome"]) for i in range(0, 32, 8)]
+    wanted = np.mean([row["gold"] for row in best])
+    assert numbers["one/best_of_8/outcome"] == pytest.approx(wanted)
+    assert (folder / "out/best_of_n.png").stat().st_size > 10_000
+    summary = json.loads((folder / "out/summary.json").read_text())
+    assert summary["one/best_of_8/outcome"] == numbers["one/best_of_8/outcome"]
+
+
+def test_votes_count_numbers_behind_the_marker(found):
+    numbers, _ = found
+    for k in SIZES:
+        for name in (f"majority_{k}", f"weighted_{k}/outcome"):
+            low, high = numbers[f"one/{name}_low"], numbers[f"one/{name}_high"]
+            assert low <= numbers[f"one/{name}"] <= high
+
+
+def test_scores_are_those_of_the_score_program(found, tmp_path):
+    _, folder = found
+    rows = [row for row in read(folder / "out/evaluation.jsonl") if not row["truncated"]]
+    assert len(rows) > 4
+    texts = [{k: row[k] for k in ("prompt", "completion")} for row in rows]
+    output = tmp_path / "scores.jsonl"
+    score(
+        model=str(folder / "reward"), input=write(tmp_path / "texts.jsonl", texts),
+        output=str(output), end_of_text=True,
+    )  # fmt: skip
+    for row, said in zip(rows, read(output), strict=True):
+        assert row["scores"]["outcome"] == pytest.approx(said["score"], abs=1e-6)
+        assert row["scores"]["process"] == pytest.approx(min(said["step_scores"]), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"best_of.sizes": (1, 9)}, r"best_of.sizes=\(1, 9\); wanted rising .* rollout.samples=8"),
+        ({"best_of.sizes": (2, 1)}, r"best_of.sizes=\(2, 1\); wanted rising"),
+        ({"best_of.weights": "softmax"}, "best_of.weights='softmax'; known: sigmoid, score"),
+        ({"problems": 1}, "problems=1; wanted 2 or more"),
+        ({"gold": dict(name="outcome_model")}, "gold.name='outcome_model' is a learned reward"),
+        ({"rewards.outcome": dict(name="outcome_model", init_from="")}, "init_from is empty"),
+        ({"rewards.outcome": dict(name="outcome_modle")}, "outcome_model"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_named(changes, message, found, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        evaluate(config_of(found[1], **changes), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

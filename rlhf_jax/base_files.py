@@ -13,7 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from rlhf_jax import roles
-from rlhf_jax.models.hub import local_folder
+from rlhf_jax.text.hub import local_folder
 from rlhf_jax.models.peft import base_folder, is_adapter_folder
 
 FOLDER = "base"

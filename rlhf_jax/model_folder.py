@@ -16,7 +16,7 @@ from rlhf_jax import base_files, roles, run_folder
 from rlhf_jax.mesh import ShardingRules
 from rlhf_jax.models.config import DTYPES, ModelConfig
 from rlhf_jax.models.families import family_of
-from rlhf_jax.models.hub import local_folder
+from rlhf_jax.text.hub import local_folder
 from rlhf_jax.models.load import check_hf, read_hf_config
 from rlhf_jax.models.tensors import open_folder
 from rlhf_jax.schema import closest, within

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from rlhf_jax import base_files, build, roles, run_folder
 from rlhf_jax.data.forms import Form
-from rlhf_jax.models.hub import local_folder
+from rlhf_jax.text.hub import local_folder
 from rlhf_jax.rewards.other_tokens import Writer
 from rlhf_jax.schema import within
 from rlhf_jax.text.steps import token_tables

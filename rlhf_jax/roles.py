@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from rlhf_jax import run_folder
 from rlhf_jax.mesh import ShardingRules, shard_init, shardings_for
 from rlhf_jax.models.config import ModelConfig, named_size
-from rlhf_jax.models.hub import local_folder
+from rlhf_jax.text.hub import local_folder
 from rlhf_jax.models.load import check_hf, load_hf, read_hf_config
 from rlhf_jax.models.lora import join, merge_lora, partition
 from rlhf_jax.models.peft import base_folder, is_adapter_folder, load_peft, open_peft

@@ -24,7 +24,7 @@ from rlhf_jax.mesh import ShardingRules, fetch_host, shardings_for
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.families import family_of, publish
 from rlhf_jax.models.family import Family, Json, Published
-from rlhf_jax.models.hub import local_folder
+from rlhf_jax.text.hub import local_folder
 from rlhf_jax.models.load import head_names, load_hf, read_hf_config, read_json
 from rlhf_jax.models.lora import merge_lora
 from rlhf_jax.models.save import (

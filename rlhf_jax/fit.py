@@ -19,9 +19,11 @@ from rlhf_jax.data.examples import ExampleSource
 from rlhf_jax.mesh import ShardingRules, batch_shards
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.lora import partition
+from rlhf_jax.models.passes import check_positions
 from rlhf_jax.models.transformer import Model, decoder
 from rlhf_jax.ops.metrics import add
 from rlhf_jax.run_log import RunLog
+from rlhf_jax.schema import within
 from rlhf_jax.training.experience import COMPILER_OPTIONS
 from rlhf_jax.training.keys import Purpose, step_key
 from rlhf_jax.training.supervised import (
@@ -77,6 +79,9 @@ def check(config: ConfigDict, role: str, kinds: tuple[str, ...], **changes: Any)
                 "updates.microbatches or mesh.data and mesh.fsdp"
             )
     described = roles.describe(config.model, text.vocab_size, **changes)
+    for label, section in config.sources.items():
+        with within(f"sources.{label}.max_length"):
+            check_positions(described, section.max_length)
     optimizer = build.optimizer("optimizer", config.optimizer, config.train.steps)
     return Fit(
         config,

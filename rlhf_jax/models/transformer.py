@@ -60,6 +60,7 @@ class Model(NamedTuple):
     """A decoder as functions of its parameters.
 
     init(key) -> params
+    shapes() -> the same tree of shapes and types; touches no device
     axes() -> the same tree with tuples of logical axis names (see mesh.ShardingRules)
     apply(params, tokens[B S], positions[B S], mask[B S], cache or None) -> ModelOutput
     logits(params, hidden[... D]) -> float32 [... V]
@@ -71,6 +72,7 @@ class Model(NamedTuple):
     config: ModelConfig
     rules: ShardingRules
     init: Callable[[Array], Params]
+    shapes: Callable[[], Any]
     axes: Callable[[], Any]
     apply: Callable[..., ModelOutput]
     logits: Callable[[Params, Array], Array]
@@ -99,7 +101,11 @@ def decoder(config: ModelConfig, rules: ShardingRules = ShardingRules()) -> Mode
         return _init_params(config, block, norm, heads, key)
 
     def axes() -> Any:
-        return _logical_axes(jax.eval_shape(init, jax.random.key(0)))
+        return _logical_axes(shapes())
+
+    def shapes() -> Any:
+        # The key is made inside: outside it would be an array on a device.
+        return jax.eval_shape(lambda: init(jax.random.key(0)))
 
     def apply(
         params: Params,
@@ -134,7 +140,9 @@ def decoder(config: ModelConfig, rules: ShardingRules = ShardingRules()) -> Mode
             length=jnp.zeros((), jnp.int32),
         )
 
-    return Model(config, rules, init, axes, apply, logits, scores, init_cache, unstack_layers)
+    return Model(
+        config, rules, init, shapes, axes, apply, logits, scores, init_cache, unstack_layers
+    )
 
 
 def _embed(config, params, tokens, positions, mask):

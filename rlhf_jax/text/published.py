@@ -114,12 +114,12 @@ class HFTokenizer:
         return self._backend.decode([[int(i) for i in ids if i < self.vocab_size]])[0]
 
     def token_texts(self) -> list[str | None]:
-        return [text or None for text in self._backend.decode([[i] for i in range(self.vocab_size)])]
+        return [
+            text or None for text in self._backend.decode([[i] for i in range(self.vocab_size)])
+        ]
 
 
-def load_published(
-    name: str, *, chat_template: str | None, bos: bool | None
-) -> HFTokenizer:
+def load_published(name: str, *, chat_template: str | None, bos: bool | None) -> HFTokenizer:
     """The tokenizer of a folder, a tokenizer.json, or a model on the hub; see `load_tokenizer`."""
     path = pathlib.Path(local_folder(name, f"tokenizer {name!r}", weights=False))
     if path.is_dir():

@@ -263,7 +263,7 @@ def test_a_special_token_above_the_models_rows_is_refused_in_texts(data_dir, tmp
     tokenizer = _with_image_token(tmp_path, data_dir, rows=50257)
     assert tokenizer.vocab_size == len(tokenizer.token_texts()) == 50257
     assert tokenizer.decode(tokenizer.encode("a picture")) == "a picture"
-    with pytest.raises(ValueError, match="holds '<image>', token 50257 of .*ids below 50257 only"):
+    with pytest.raises(ValueError, match=r"holds '<image>', token 50257 of .*ids below 50257 only"):
         tokenizer.encode("a picture: <image>")
 
 

@@ -16,6 +16,9 @@ os.environ["XLA_FLAGS"] = (
     # Four simulated devices on two busy cores: XLA aborts the process where one of them comes late.
     "--xla_cpu_collective_call_terminate_timeout_seconds=300"
 )
+# Size of XLA's pool of threads, which is else the number of cores: collectives of four simulated
+# devices that wait for each other in two threads wait for ever.
+os.environ["NPROC"] = "8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"  # a path that is not there may look like a name on the hub
 

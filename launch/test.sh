@@ -35,10 +35,10 @@ main() {
   ruff check . || status=1
   ruff format --check . || status=1
   # Without the cache plug-in a read-only checkout works too; a hanging test ends with its stack.
-  # One worker more than cores, because a test waits now and then; whole files each: fixtures and
-  # compiled programs are shared in a file. The order is that of tests/conftest.py.
+  # One worker per core, whole files each: fixtures and compiled programs are shared in a file. The
+  # order is that of tests/conftest.py.
   # A worker that dies ends the run with the name of its test; a new one would wait for ever.
-  python -m pytest -q -p no:cacheprovider --timeout=900 --durations=15 -n $(($(nproc) + 1)) --dist loadfile \
+  python -m pytest -q -p no:cacheprovider --timeout=900 --durations=15 -n auto --dist loadfile \
     --no-loadscope-reorder --max-worker-restart=0 "$@" || status=1
   if ((status)); then
     echo 'launch/test.sh: FAILED' >&2

@@ -8,13 +8,14 @@ copied once, at the start, so that the run can be exported when the folder they 
 import os
 import pathlib
 import shutil
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
 
-from rlhf_jax import roles
-from rlhf_jax.models.hub import local_folder
+from rlhf_jax import roles, run_folder
 from rlhf_jax.models.peft import base_folder, is_adapter_folder
+from rlhf_jax.text.hub import local_folder
 
 FOLDER = "base"
 CONFIG, GENERATION, TEMPLATE = "config.json", "generation_config.json", "chat_template.jinja"
@@ -25,6 +26,21 @@ TOKENIZER = (
 )  # fmt: skip
 # One of these makes a tokenizer; the others say more about it.
 _ENOUGH = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
+
+class OwnTokenizer(NamedTuple):
+    """The tokenizer that belongs to a model folder.
+
+    name: what loads it; "" where the folder has none.
+    said: what the run's config called it; for a folder of Hugging Face the name once more.
+    chat_template: a Jinja file in place of the tokenizer's own; "" for that.
+    bos: whether texts begin with the beginning-of-text token; None is what the tokenizer does.
+    """
+
+    name: str
+    said: str
+    chat_template: str = ""
+    bos: bool | None = None
 
 
 def keep(workdir: pathlib.Path, config: ConfigDict) -> None:
@@ -70,17 +86,42 @@ def tokenizer_files(name: str, start: dict[str, pathlib.Path]) -> dict[str, path
     `start` loses its tokenizer files where the tokenizer is another one.
     """
     path = pathlib.Path(name or "-")
-    if path.is_dir():
-        own = {k: v for k, v in _found(path).items() if k in TOKENIZER}
-    elif path.is_file():
+    if path.is_file():
         own = {"tokenizer.json": path}
-    elif name == "byte" or name.startswith("chars:"):
+    elif not name or name == "byte" or name.startswith("chars:"):
         own = {}
     else:
-        return {}  # of the hub: the start, if there is one, is the same model
+        path = pathlib.Path(local_folder(name, weights=False))
+        own = {k: v for k, v in _found(path).items() if k in TOKENIZER}
     for other in set(TOKENIZER) & set(start):
         del start[other]
     return own
+
+
+def own_tokenizer(folder: str) -> OwnTokenizer:
+    """The tokenizer of a model folder: of Hugging Face, of adapters, or of a run.
+
+    A run's own copy comes first: what it was copied from may be gone, or another by now.
+    """
+    path = pathlib.Path(local_folder(folder))
+    if is_adapter_folder(path) and not has_tokenizer(path):
+        path = base_folder(path)
+    if is_adapter_folder(path) or roles.is_hf_folder(str(path)):
+        name = str(path) if has_tokenizer(path) else ""
+        return OwnTokenizer(name, name)
+    data, kept = run_config(path).get("data", {}), path / FOLDER
+    said, chat = data.get("tokenizer") or "", data.get("chat_template") or ""
+    if chat and (kept / TEMPLATE).is_file():
+        chat = str(kept / TEMPLATE)
+    # What a run did not ask for it did without.
+    name = str(kept) if has_tokenizer(kept) else said
+    return OwnTokenizer(name, said, chat, bool(data.get("bos")))
+
+
+def run_config(folder: str | pathlib.Path) -> dict[str, Any]:
+    """The config that the run in ``folder`` was started with; empty where there is none."""
+    path = pathlib.Path(folder) / CONFIG
+    return run_folder.read_json(path) if path.is_file() else {}
 
 
 def has_tokenizer(folder: pathlib.Path) -> bool:

@@ -28,12 +28,15 @@ import pathlib
 from typing import Annotated, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from rlhf_jax import base_files, program, roles, run_folder
 from rlhf_jax.mesh import ShardingRules, make_mesh
 from rlhf_jax.models.config import DTYPES, ModelConfig
 from rlhf_jax.models.families import architecture, family_of
-from rlhf_jax.models.lora import merge_lora
+from rlhf_jax.models.load import load_hf
+from rlhf_jax.models.lora import merge_lora, partition
 from rlhf_jax.models.peft import is_adapter_folder, save_peft
 from rlhf_jax.models.save import ROLES, check_empty, json_bytes, published_config, save_hf
 from rlhf_jax.schema import closest, within
@@ -104,10 +107,13 @@ def export(
     with jax.set_mesh(mesh):
         params = _with_head(roles.load_role(workdir, subject.role, mesh, rules), subject)
         if adapters:
+            _check_base(params, config, base, mesh, rules)
             save_peft(output, params, config, subject.what, base=base, published=published,
                       dtype=dtype, files=files)  # fmt: skip
         else:
-            plain = merge_lora(params, config)
+            # Base and adapters are added in the wider of their type and the one asked for.
+            wide = {t: jnp.promote_types(t, dtype or t) for t in DTYPES}
+            plain = merge_lora(jax.tree.map(lambda x: x.astype(wide[x.dtype.name]), params), config)
             save_hf(output, plain, dataclasses.replace(config, lora_rank=0), subject.what,
                     base=published, token_ids=token_ids, dtype=dtype, max_shard_size=max_shard_size,
                     files=files)  # fmt: skip
@@ -164,7 +170,7 @@ def _adapters_base(workdir: str, config: ModelConfig, named: str) -> str:
     """
     if not config.lora_rank:
         raise ValueError(f"--adapters: {workdir} trained no adapters (model.lora_rank=0)")
-    start = named or _run_config(workdir).get("model", {}).get("init_from", "")
+    start = named or base_files.run_config(workdir).get("model", {}).get("init_from", "")
     if not start:
         raise ValueError(
             "--adapters: the run began as random weights, which no folder holds; export the whole "
@@ -183,9 +189,27 @@ def _adapters_base(workdir: str, config: ModelConfig, named: str) -> str:
     return start
 
 
-def _run_config(workdir: str) -> dict[str, Any]:
-    """The config that the run was started with."""
-    return run_folder.read_json(pathlib.Path(workdir) / "config.json")
+def _check_base(
+    params: Params, config: ModelConfig, base: str, mesh: Mesh, rules: ShardingRules
+) -> None:
+    """Raises a ValueError for a folder that holds other weights than adapters were trained on.
+
+    A name on the hub is taken as it is.
+    """
+    if not pathlib.Path(base).is_dir():
+        return
+    with within(f"--adapters: the base {base}"):
+        if not roles.is_hf_folder(base):
+            raise ValueError("no Hugging Face folder; wanted a config.json with a model_type")
+        named, held = load_hf(base, mesh, rules)
+        if architecture(named) != architecture(config):
+            raise ValueError("another architecture than that of the adapters' model")
+        _, trunk = partition(params, config)
+        if not roles.same_weights(held, trunk):
+            raise ValueError(
+                "other weights than the adapters were trained on; name the folder they had by "
+                "--base, or export the whole model (without --adapters)"
+            )
 
 
 def _published(workdir: str, config: ModelConfig, subject: Subject) -> dict[str, Any] | None:
@@ -206,10 +230,7 @@ def _published(workdir: str, config: ModelConfig, subject: Subject) -> dict[str,
 
 def _tokenizer(workdir: str) -> Tokenizer | None:
     """The tokenizer that the run used, from its own files where it kept them."""
-    kept = pathlib.Path(workdir) / base_files.FOLDER
-    named = _run_config(workdir).get("data", {}).get("tokenizer", "")
-    if base_files.has_tokenizer(kept):
-        named = str(kept)
+    named = base_files.own_tokenizer(workdir).name
     if not named:
         _log.warning("%s names no tokenizer; none is exported", workdir)
         return None
@@ -247,7 +268,7 @@ def _files(
     folder = pathlib.Path(workdir) / base_files.FOLDER
     kept = base_files.start_files(workdir)
     if not base_files.has_tokenizer(folder):
-        named = _run_config(workdir).get("data", {}).get("tokenizer", "")
+        named = base_files.run_config(workdir).get("data", {}).get("tokenizer", "")
         kept |= base_files.tokenizer_files(named, kept)
     files = {k: path.read_bytes() for k, path in kept.items() if k != base_files.CONFIG}
     if text is not None and not set(files) & set(base_files.TOKENIZER):

@@ -21,6 +21,7 @@ from rlhf_jax.mesh import ShardingRules, batch_shards
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.lora import partition
 from rlhf_jax.models.members import repeated
+from rlhf_jax.models.passes import check_positions
 from rlhf_jax.models.transformer import Model, decoder
 from rlhf_jax.ops.metrics import add
 from rlhf_jax.run_log import RunLog
@@ -88,6 +89,9 @@ def check(config: ConfigDict, role: str, kinds: tuple[str, ...], **changes: Any)
         check_smoothing(described, smoothing)
     if smoothing and not _smoothed(config):
         raise ValueError(f"updates.smoothing={smoothing} but no source is of kind pairs")
+    for label, section in config.sources.items():
+        with within(f"sources.{label}.max_length"):
+            check_positions(described, section.max_length)
     optimizer = build.optimizer("optimizer", config.optimizer, config.train.steps)
     return Fit(
         config,

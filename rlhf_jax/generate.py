@@ -33,6 +33,7 @@ from rlhf_jax.data.sources import Record
 from rlhf_jax.label_samples import write_lines
 from rlhf_jax.mesh import ShardingRules, batch_shards, fetch_host, make_mesh, shard_batch
 from rlhf_jax.model_folder import ModelFolder
+from rlhf_jax.models.passes import longest_row
 from rlhf_jax.models.transformer import decoder
 from rlhf_jax.sampling import sampler
 from rlhf_jax.sampling.methods import make_sampling
@@ -85,13 +86,20 @@ def generate(
     token_lines.check_output(output, overwrite)
     encoder = Encoder(opened.text, opened.config.vocab_size, template)
     encode = functools.partial(_encode, encoder, max_prompt)
-    count = token_lines.count_rows(prompts, encode)
+    widest = longest_row(opened.config) - max_tokens
+    if widest < 1:
+        raise ValueError(
+            f"--max_tokens={max_tokens}, but the model has learned {opened.config.max_positions} "
+            "positions; wanted fewer tokens"
+        )
+    count = token_lines.count_rows(prompts, encode, widest)
 
     mesh, rules = make_mesh({"data": -1}), ShardingRules()
     rows = token_lines.batch_rows(batch, count, batch_shards(mesh, rules))
     with jax.set_mesh(mesh):
         draw = _draw(opened, mesh, rules, sampling, samples, max_tokens, seed)
-        found = token_lines.in_order(prompts, encode, draw, rows=rows, count=count)
+        found = token_lines.in_order(prompts, encode, draw, rows=rows, count=count,
+                                     widest=widest)  # fmt: skip
         write_lines(pathlib.Path(output), map(plain, found))
     _log.info("%d x %d completions in %s", count, samples, output)
     return count

@@ -1,25 +1,28 @@
 """What a model folder holds, whoever wrote it: config, tokenizer and parameters.
 
-A model folder is one of Hugging Face (config.json with a model_type, safetensors), or that of a run
-of ours, whose trained role is meant. Nothing but the folder is needed to use it.
+A model folder is one of Hugging Face (config.json with a model_type, safetensors), one of adapters
+in PEFT's format, which names its base, or that of a run of ours, whose trained role is meant.
+Nothing but the folder is needed to use it.
 """
 
 import collections
 import dataclasses
 import pathlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
-from rlhf_jax import base_files, roles, run_folder
+from rlhf_jax import roles, run_folder
+from rlhf_jax.base_files import OwnTokenizer, own_tokenizer
 from rlhf_jax.mesh import ShardingRules
 from rlhf_jax.models.config import DTYPES, ModelConfig
 from rlhf_jax.models.families import family_of
-from rlhf_jax.models.hub import local_folder
 from rlhf_jax.models.load import check_hf, read_hf_config
+from rlhf_jax.models.peft import is_adapter_folder, open_peft
 from rlhf_jax.models.tensors import open_folder
 from rlhf_jax.schema import closest, within
+from rlhf_jax.text.hub import local_folder
 from rlhf_jax.text.tokenizer import Tokenizer, load_tokenizer
 from rlhf_jax.training.checkpoint import check_newest
 from rlhf_jax.types import Params
@@ -63,11 +66,14 @@ def open_model(
         raise ValueError(f"--model={folder!r} is not a folder")
     with within(f"--model={folder!r}"):
         config = _read_config(folder, dtype)
-        own = {} if tokenizer else _own_tokenizer(folder)
-    named = tokenizer or own["tokenizer"]
-    chat_template = chat_template or own.get("chat_template") or ""
+        own = OwnTokenizer(tokenizer, tokenizer) if tokenizer else own_tokenizer(folder)
+        if not own.name:
+            raise ValueError("no tokenizer here, such as a tokenizer.json; name one by --tokenizer")
+    named = own.name
     with within(f"--tokenizer={named!r}"):
-        text = _load_tokenizer(named, chat_template, own.get("bos") if bos is None else bos)
+        text = _load_tokenizer(
+            named, chat_template or own.chat_template, own.bos if bos is None else bos
+        )
     if text.vocab_size > config.vocab_size:
         raise ValueError(
             f"the tokenizer {named!r} has {text.vocab_size} tokens but --model={folder!r} has room "
@@ -85,14 +91,19 @@ def load_params(model: ModelFolder, mesh: Mesh, rules: ShardingRules) -> Params:
 
 def _read_config(folder: str, dtype: str) -> ModelConfig:
     """The config of the model in ``folder``; its files are looked at, its parameters not read."""
+    if is_adapter_folder(folder):
+        base, config, _ = open_peft(folder)
+        check_hf(str(base))
+        named = dtype or _published_dtype(base)
+        return dataclasses.replace(config, param_dtype=named, compute_dtype=named)
     if roles.is_hf_folder(folder):
         check_hf(folder)
         named = dtype or _published_dtype(pathlib.Path(folder))
         return read_hf_config(folder, dict(param_dtype=named, compute_dtype=named))
     if not (pathlib.Path(folder) / "model.json").is_file():
         raise ValueError(
-            "no model here: wanted a Hugging Face folder (config.json with a model_type) or the "
-            "folder of a run (model.json)"
+            "no model here: wanted a Hugging Face folder (config.json with a model_type), one of "
+            "adapters (adapter_config.json) or the folder of a run (model.json)"
         )
     config = roles.loaded_config(folder)
     check_newest(folder)
@@ -125,25 +136,3 @@ def _load_tokenizer(name: str, chat_template: str, bos: bool | None) -> Tokenize
     if bos is None and text.expects_bos:
         return load_tokenizer(name, chat_template=chat_template or None, bos=True)
     return text
-
-
-def _own_tokenizer(folder: str) -> dict[str, Any]:
-    """What belongs to the model: the name of its ``tokenizer``, and for a run what its config says
-    of ``chat_template`` and ``bos``."""
-    path = pathlib.Path(folder)
-    if roles.is_hf_folder(folder):
-        if not base_files.has_tokenizer(path):
-            raise ValueError("no tokenizer here, such as a tokenizer.json; name one by --tokenizer")
-        return {"tokenizer": folder}
-    config, kept = path / "config.json", path / base_files.FOLDER
-    data = run_folder.read_json(config).get("data", {}) if config.is_file() else {}
-    named, chat = data.get("tokenizer"), data.get("chat_template")
-    if not named:
-        raise ValueError(f"{config} names no data.tokenizer; name one by --tokenizer")
-    # The run's own copies outlive what they were copied from.
-    if not pathlib.Path(named).exists() and base_files.has_tokenizer(kept):
-        named = str(kept)
-    if chat and not pathlib.Path(chat).exists() and (kept / base_files.TEMPLATE).is_file():
-        chat = str(kept / base_files.TEMPLATE)
-    # What a run did not ask for it did without.
-    return {"tokenizer": named, "chat_template": chat, "bos": bool(data.get("bos"))}

@@ -15,10 +15,11 @@ from rlhf_jax.data.examples import ExampleSource
 from rlhf_jax.data.prompts import PromptSource
 from rlhf_jax.mesh import ShardingRules
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.passes import check_positions
 from rlhf_jax.models.transformer import decoder
 from rlhf_jax.reward_texts import own_tokenizers, writers
 from rlhf_jax.rewards.other_tokens import Writer
-from rlhf_jax.schema import check_keys
+from rlhf_jax.schema import check_keys, within
 from rlhf_jax.text.steps import token_tables
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.training.state import Models
@@ -69,6 +70,7 @@ def make_plan(
     build.check_sampling(config.rollout.sampling)
     own = own_tokenizers(config, text)
     described = describe_models(config, text.vocab_size, algorithm, own)
+    check_lengths(config, described)
     made = {role: decoder(model, rules) for role, model in described.items()}
     if starts:
         check_starts(config, described)
@@ -114,6 +116,17 @@ def optimizers(config: ConfigDict, trained: Sequence[str]) -> dict[str, Any]:
         role: build.optimizer(f"optimizer.{role}", config.optimizer[role], updates)
         for role in trained
     }
+
+
+def check_lengths(config: ConfigDict, described: Mapping[str, ModelConfig]) -> None:
+    """Raises a ValueError for rows longer than the positions that a role's model learned."""
+    for role, model in described.items():
+        _, _, label = role.partition("/")
+        section = config.rewards[label] if label else {}
+        prompt = section.get("max_prompt", config.data.max_prompt)
+        tokens = section.get("max_tokens", config.rollout.max_tokens)
+        with within(f"data.max_prompt={prompt} and rollout.max_tokens={tokens} for {role}"):
+            check_positions(model, prompt + tokens)
 
 
 def check_starts(config: ConfigDict, described: Mapping[str, ModelConfig]) -> None:

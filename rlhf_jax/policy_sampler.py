@@ -16,10 +16,12 @@ from rlhf_jax.data.prompts import PromptSource
 from rlhf_jax.mesh import ShardingRules, batch_shards, fetch_host, shard_batch
 from rlhf_jax.models.completions import evaluate_completions
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.passes import check_positions
 from rlhf_jax.models.transformer import decoder
 from rlhf_jax.ops.masking import masked_sum
 from rlhf_jax.sampling.methods import make_sampling
 from rlhf_jax.sampling.sampler import generate
+from rlhf_jax.schema import within
 from rlhf_jax.text.steps import token_tables
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.training.keys import Purpose, step_key
@@ -81,6 +83,9 @@ def plan_sampler(config: ConfigDict, path: str = "model") -> SamplerPlan:
     build.check_sampling(config.rollout.sampling)
     roles.describe(ConfigDict(dict(init_from=folder)), text.vocab_size, path=path)
     described = roles.describe(config.model, text.vocab_size)
+    prompt, tokens = config.data.max_prompt, config.rollout.max_tokens
+    with within(f"data.max_prompt={prompt} and rollout.max_tokens={tokens}"):
+        check_positions(described, prompt + tokens)
     return SamplerPlan(text, mesh, rules, build.prompts(config, text), described)
 
 

@@ -1,14 +1,13 @@
 """Which learned rewards do not read the policy's tokens, and how texts are written for them."""
 
 import logging
-import pathlib
 from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
-from rlhf_jax import base_files, build, roles, run_folder
+from rlhf_jax import build
+from rlhf_jax.base_files import own_tokenizer
 from rlhf_jax.data.forms import Form
-from rlhf_jax.models.hub import local_folder
 from rlhf_jax.rewards.other_tokens import Writer
 from rlhf_jax.schema import within
 from rlhf_jax.text.steps import token_tables
@@ -30,11 +29,11 @@ def own_tokenizers(config: ConfigDict, text: Tokenizer) -> dict[str, Tokenizer]:
     for label, section in config.rewards.items():
         path = f"rewards.{label}"
         learned = build.reward_model(section, path) is not None
-        name = section.get("tokenizer", "")
-        if learned and not name:
+        name = said = section.get("tokenizer", "")
+        if learned and not name and section.get("init_from", ""):
             with within(f"{path}.init_from"):
-                name = _folders_tokenizer(section.get("init_from", ""))
-        if learned and name and name != config.data.tokenizer:
+                name, said, *_ = own_tokenizer(section.init_from)
+        if learned and name and said != config.data.tokenizer:
             with within(f"{path}.tokenizer"):
                 own = load_tokenizer(name)
             if not same_tokens(own, text):
@@ -42,7 +41,7 @@ def own_tokenizers(config: ConfigDict, text: Tokenizer) -> dict[str, Tokenizer]:
                 _log.info(
                     "%s reads the tokens of %s, the policy writes those of %s: its texts are "
                     "decoded and encoded again on the host",
-                    path, name, config.data.tokenizer,
+                    path, said, config.data.tokenizer,
                 )  # fmt: skip
         odd = [key for key in _KEYS if key in section and label not in found]
         if odd:
@@ -55,18 +54,6 @@ def own_tokenizers(config: ConfigDict, text: Tokenizer) -> dict[str, Tokenizer]:
 def same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
     """Whether two tokenizers give the same meaning to the same ids."""
     return one.vocab_size == other.vocab_size and one.token_texts() == other.token_texts()
-
-
-def _folders_tokenizer(folder: str) -> str:
-    """The tokenizer of a model's folder; empty where it has none, or is not there yet."""
-    if not folder:
-        return ""
-    folder = local_folder(folder)
-    if roles.is_hf_folder(folder):
-        return folder if base_files.has_tokenizer(pathlib.Path(folder)) else ""
-    path = pathlib.Path(folder) / "config.json"
-    data = run_folder.read_json(path).get("data", {}) if path.is_file() else {}
-    return data.get("tokenizer", "")
 
 
 def writers(

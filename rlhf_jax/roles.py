@@ -18,12 +18,12 @@ from ml_collections import ConfigDict
 from rlhf_jax import run_folder
 from rlhf_jax.mesh import ShardingRules, shard_init, shardings_for
 from rlhf_jax.models.config import ModelConfig, named_size
-from rlhf_jax.models.hub import local_folder
 from rlhf_jax.models.load import check_hf, load_hf, read_hf_config
 from rlhf_jax.models.lora import join, merge_lora, partition
 from rlhf_jax.models.peft import base_folder, is_adapter_folder, load_peft, open_peft
 from rlhf_jax.models.transformer import Model, decoder
 from rlhf_jax.schema import check_section, within
+from rlhf_jax.text.hub import local_folder
 from rlhf_jax.training.checkpoint import check_newest, restore_subtree
 from rlhf_jax.types import Params
 
@@ -206,7 +206,7 @@ def load_role(folder: str, role: str, mesh: Mesh, rules: ShardingRules) -> Param
     """All parameters of a role that a run trained, adapters beside their base, sharded."""
     config = run_folder.read_models(folder)[role]
     model = decoder(config, rules)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = model.shapes()
     target = jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
         shapes,
@@ -272,14 +272,22 @@ def load_adapters(
     role = trained_role(folder)
     tree = load_role(folder, role, mesh, rules)
     adapters, base = partition(tree, run_folder.read_models(folder)[role])
-    mine = _only(policy_base, base)
-    same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b.astype(a.dtype))), mine, base)
-    if not all(jax.tree.leaves(same)):
+    if not same_weights(policy_base, base):
         raise ValueError(
             f"{path}.init_from={folder!r} trained adapters on other weights than those that "
             "model.init_from names now; was that folder changed?"
         )
     return adapters
+
+
+def same_weights(whole: Params, part: Params) -> bool:
+    """Whether ``whole`` has every leaf of ``part`` with the same numbers, in the type it has there.
+
+    Comparing needs one leaf at a time on the devices.
+    """
+    mine = _only(whole, part)
+    same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b.astype(a.dtype))), mine, part)
+    return all(jax.tree.leaves(same))
 
 
 def fill_adapters(
@@ -302,7 +310,7 @@ def _fill(model, known, axes, key, mesh, rules) -> Params:
     missing = _without(axes, known)
     # A copy even where nothing is cast: donating one tree must not delete the other.
     kept = _only(known, axes)
-    shapes = _only(jax.eval_shape(model.init, jax.random.key(0)), kept)
+    shapes = _only(model.shapes(), kept)
     kept = jax.tree.map(lambda x, shape: jnp.copy(x).astype(shape.dtype), kept, shapes)
     if not missing:
         return kept

@@ -41,6 +41,7 @@ from rlhf_jax.mesh import ShardingRules, batch_shards, fetch_host, make_mesh, sh
 from rlhf_jax.model_folder import ModelFolder
 from rlhf_jax.models.completions import VALUE_HEAD, TextOutput, evaluate_texts
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.passes import longest_row
 from rlhf_jax.models.transformer import decoder
 from rlhf_jax.text.steps import mark_host_step_ends, token_tables
 from rlhf_jax.token_lines import Encoder, Line
@@ -83,13 +84,15 @@ def score(
     token_lines.check_output(output, overwrite)
     encoder = Encoder(opened.text, opened.config.vocab_size, template)
     encode = functools.partial(encoder.text, ended=end_of_text)
-    count = token_lines.count_rows(input, encode)
+    widest = longest_row(opened.config)
+    count = token_lines.count_rows(input, encode, widest)
 
     mesh, rules = make_mesh({"data": -1}), ShardingRules()
     rows = token_lines.batch_rows(batch, count, batch_shards(mesh, rules))
     with jax.set_mesh(mesh):
         read = make_reader(opened, mesh, rules)
-        found = token_lines.in_order(input, encode, read, rows=rows, count=count)
+        found = token_lines.in_order(input, encode, read, rows=rows, count=count,
+                                     widest=widest)  # fmt: skip
         write_lines(pathlib.Path(output), map(plain, found))
     _log.info("%d texts in %s", count, output)
     return count

@@ -6,6 +6,7 @@ line before a device is touched and once in windows, so that it need not fit in 
 
 import functools
 import itertools
+import math
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -70,13 +71,24 @@ def read_rows(path: str, encode: Encode) -> Iterator[Line]:
         yield Line(index, record, row)
 
 
-def count_rows(path: str, encode: Encode) -> int:
+def count_rows(path: str, encode: Encode, widest: float | int = math.inf) -> int:
     """How many lines the file has.
 
+    Args:
+        widest: how many tokens of a row the model has room for.
+
     Raises:
-        ValueError: see `read_rows`; also for a file without lines.
+        ValueError: see `read_rows`; also for a file without lines, or a row that is too long.
     """
-    return sum(1 for _ in read_rows(path, encode))
+    count = 0
+    for line in read_rows(path, encode):
+        count += 1
+        if len(line.row.tokens) > widest:
+            raise ValueError(
+                f"{path}, record {count} has {len(line.row.tokens)} tokens, and the positions that "
+                f"the model learned have room for {widest}"
+            )
+    return count
 
 
 class Encoder:
@@ -188,7 +200,7 @@ def batch_rows(batch: int, count: int, shards: int) -> int:
 
 
 def in_order(
-    path: str, encode: Encode, run: Run, *, rows: int, count: int
+    path: str, encode: Encode, run: Run, *, rows: int, count: int, widest: float | int = math.inf
 ) -> Iterator[dict[str, Any]]:
     """What ``run`` says of each line with the line's other fields, in the order of the file.
 
@@ -196,12 +208,13 @@ def in_order(
         run: gets ``rows`` lines and the width to which they are padded. Where there are fewer, the
             last line stands several times: no shape of its own, and no row that never ends.
         count: lines of the file, for the progress bar.
+        widest: to how many tokens rows are padded at most.
     """
     lines = read_rows(path, encode)
     with tqdm(total=count, unit="line") as bar:
         while window := list(itertools.islice(lines, rows * _WINDOW)):
             found: dict[int, dict[str, Any]] = {}
-            for width, group in _by_width(window):
+            for width, group in _by_width(window, widest):
                 for first in range(0, len(group), rows):
                     part = group[first : first + rows]
                     said = run(part + part[-1:] * (rows - len(part)), width)
@@ -211,9 +224,10 @@ def in_order(
                 yield line.record | found[line.index]
 
 
-def _by_width(window: list[Line]) -> list[tuple[int, list[Line]]]:
+def _by_width(window: list[Line], widest: float | int) -> list[tuple[int, list[Line]]]:
     """The lines of each padded width, the widest first: too little memory shows at once."""
     groups: dict[int, list[Line]] = {}
     for line in window:
-        groups.setdefault(padded(len(line.row.tokens)), []).append(line)
+        width = int(min(padded(len(line.row.tokens)), widest))
+        groups.setdefault(width, []).append(line)
     return sorted(groups.items(), reverse=True)

@@ -179,7 +179,11 @@ CASES = [
     # options of another kind of data set
     ("train_policy", {"data.name": "jsonl:a"}, r"data: options: jsonl .*: set options=dict\(\)"),
     # where models start from
-    ("train_policy", {"model.init_from": "runs/none"}, "model.init_from='runs/none' is not a fold"),
+    (
+        "train_policy",
+        {"model.init_from": "runs/none"},
+        "init_from='runs/none' is no local path",
+    ),
     ("train_policy", {"rewards.outcome.init_from": "no"}, "rewards.outcome.init_from='no' is not"),
     ("evaluate", {"policies.sft.init_from": "no"}, "^policies.sft.init_from='no' is not a folder"),
     ("evaluate", {"policies.sft.init_from": ""}, "^policies.sft.init_from is empty"),

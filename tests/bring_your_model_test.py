@@ -20,6 +20,7 @@ def executed(tmp_path_factory):
         patch.delenv("RLHF_MODEL", raising=False)
         patch.setenv("JAX_PLATFORMS", "cpu")
         patch.setenv("XLA_FLAGS", "")  # one device and all optimisations, as for a newcomer
+        patch.delenv("NPROC")
         resources = {"metadata": {"path": str(NOTEBOOK.parent)}}
         NotebookClient(notebook, timeout=900, resources=resources).execute()
     return notebook, folder

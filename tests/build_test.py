@@ -17,6 +17,16 @@ def changed(**fields):
     return config
 
 
+def test_rows_are_no_longer_than_the_positions_that_a_model_learned():
+    config = get_config()
+    config.model.update(positions="learned", max_positions=55)
+    said = "data.max_prompt=24 and rollout.max_tokens=32 for policy: rows of 56 tokens, but the"
+    with pytest.raises(ValueError, match=said):
+        make_plan(config)
+    config.rollout.max_tokens = 31
+    make_plan(config)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

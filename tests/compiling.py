@@ -7,6 +7,9 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from rlhf_jax import policy_run
 
+# Undoes what tests/conftest.py switches off to compile sooner, for one program.
+AS_USERS = {"xla_cpu_use_fusion_emitters": True} if jax.__version__.startswith("0.10.") else {}
+
 
 def settings(folder):
     """Options of jax: programs are kept in `folder`, so that only the first run compiles them."""

@@ -22,6 +22,7 @@ from benchmarks.published_models import make, save
 from rlhf_jax import base_files, roles, run_folder
 from rlhf_jax.export import export, find_subject
 from rlhf_jax.mesh import ShardingRules, make_mesh
+from rlhf_jax.model_folder import load_params, open_model
 from rlhf_jax.models.config import named_size
 from rlhf_jax.models.load import load_hf
 from rlhf_jax.models.lora import merge_lora, partition
@@ -224,11 +225,41 @@ def test_adapters_alone_and_as_a_start(tmp_path):
     with jax.set_mesh(mesh()):
         loaded = roles.load(str(out), mesh(), RULES)
     np.testing.assert_allclose(ours(described, loaded), theirs(adapted), atol=1e-4)
+    opened = open_model(str(out))  # as generate and score take it
+    assert opened.config == described and opened.text.name == str(out)
+    with jax.set_mesh(mesh()):
+        jax.tree.map(np.testing.assert_array_equal, load_params(opened, mesh(), RULES), loaded)
     files = base_files.start_files(str(out))
     assert files["config.json"] == start / "config.json"
     assert files["tokenizer.json"] == out / "tokenizer.json"
     run(tmp_path / "next", {"policy": described}, start=out, tokenizer=start)
     export(workdir=str(tmp_path / "next"), output=str(tmp_path / "merged"))
+
+
+def test_adapters_of_other_weights_are_not_written(tmp_path):
+    start, other = (save(make("llama"), tmp_path / name) for name in ("start", "other"))
+    policy = roles.describe(ConfigDict(dict(init_from=str(start), lora_rank=2)), 5)
+    run(tmp_path / "run", {"policy": policy}, start=start, base=load_hf(start, mesh(), RULES)[1])
+    arguments = dict(workdir=str(tmp_path / "run"), adapters=True)
+    another = save(make("gpt2"), tmp_path / "gpt2")
+    for base, said in ((other, "other weights than"), (another, "another architecture")):
+        with pytest.raises(ValueError, match=rf"--adapters: the base {base}.*{said}"):
+            export(**arguments, output=str(tmp_path / "out"), base=str(base))
+    assert not (tmp_path / "out").exists()
+    export(**arguments, output=str(tmp_path / "out"))
+
+
+def test_adapters_are_added_before_numbers_are_rounded(tmp_path):
+    """A bfloat16 run exported as float32 keeps what its float32 adapters say."""
+    start = save(make("llama"), tmp_path / "start")
+    section = dict(init_from=str(start), lora_rank=2, param_dtype="bfloat16")
+    policy = roles.describe(ConfigDict(section), 5)
+    base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), load_hf(start, mesh(), RULES)[1])
+    params = run(tmp_path / "run", {"policy": policy}, start=start, base=base)["policy"]
+    export(workdir=str(tmp_path / "run"), output=str(tmp_path / "out"), dtype="float32")
+    written = load_hf(tmp_path / "out", mesh(), RULES)[1]
+    exact = merge_lora(jax.tree.map(lambda x: x.astype(jnp.float32), params), policy)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), written, exact)
 
 
 def test_the_padding_token_of_an_outcome_model_ends_no_text(tmp_path):

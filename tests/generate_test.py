@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import stories260k
+from benchmarks.published_models import make, save
 from rlhf_jax.generate import generate
 from rlhf_jax.mesh import make_mesh
 from rlhf_jax.models.config import named_size
@@ -71,6 +72,25 @@ def test_lines_keep_their_fields_and_say_what_was_sampled(hf, tmp_path):
         assert [len(ids) for ids in row["tokens"]] == [len(x) for x in row["logprobs"]]
         assert all(x < 0 for sample in row["logprobs"] for x in sample)
     assert len({tuple(sample) for row in found for sample in row["tokens"]}) > 10
+
+
+def test_rows_are_no_longer_than_the_positions_that_a_model_learned(tmp_path):
+    model = make("gpt2", n_positions=40)
+    folder = str(save(model, tmp_path / "gpt2"))
+    keywords = dict(tokenizer="chars:abc", max_tokens=6, greedy=True)
+    for length, name in ((34, "fits"), (20, "short")):  # both are padded beyond 34 elsewhere
+        found = run(folder, tmp_path, [dict(tokens=[3] * length)], name=name, **keywords)
+        assert len(found[0]["tokens"][0]) <= 6
+    with pytest.raises(ValueError, match=r"record 2 has 35 tokens.*have room for 34"):
+        run(folder, tmp_path, [dict(tokens=[3] * n) for n in (2, 35)], **keywords)
+    with pytest.raises(ValueError, match=r"--max_tokens=40, but the model has learned 40"):
+        run(folder, tmp_path, [dict(tokens=[3])], **keywords | dict(max_tokens=40))
+    texts = write(tmp_path / "texts.jsonl", [dict(tokens=[3] * 40)])
+    words = dict(model=folder, tokenizer="chars:abc", output=str(tmp_path / "scores.jsonl"))
+    assert score(input=texts, **words) == 1
+    texts = write(tmp_path / "texts.jsonl", [dict(tokens=[3] * 41)])
+    with pytest.raises(ValueError, match=r"record 1 has 41 tokens.*have room for 40"):
+        score(input=texts, overwrite=True, **words)
 
 
 def test_samples_do_not_depend_on_the_batch(hf, tmp_path):

@@ -12,10 +12,10 @@ from ml_collections import ConfigDict
 
 from rlhf_jax import roles, run_folder
 from rlhf_jax.mesh import ShardingRules, make_mesh
-from rlhf_jax.models import hub
 from rlhf_jax.models.config import named_size
 from rlhf_jax.models.lora import merge_lora, partition
 from rlhf_jax.models.transformer import decoder
+from rlhf_jax.text import hub
 from rlhf_jax.training import checkpoint
 from rlhf_jax.training.state import create_train_state
 from rlhf_jax.types import RunState
@@ -97,7 +97,7 @@ def test_a_name_of_the_hub_is_a_folder_of_its_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     section = ConfigDict(dict(init_from="org/name"))
-    words = r"^model\.init_from='org/name' is not a folder, .* local cache .* hub does not give"
+    words = r"^model\.init_from='org/name' is no local path, .* local cache .* hub does not give"
     with pytest.raises(ValueError, match=words):
         roles.describe(section, 20)
     kept = tmp_path / "models--org--name"

@@ -229,7 +229,7 @@ def load_hf(
     folder = pathlib.Path(folder)
     config, family = _read_family(folder, overrides)
     model = decoder(config, rules)
-    shapes_tree = jax.eval_shape(model.init, jax.random.key(0))
+    shapes_tree = model.shapes()
     shardings_tree = shardings_for(model.axes(), shapes_tree, mesh, rules)
     shapes = traverse_util.flatten_dict(shapes_tree, sep="/")
     shardings = traverse_util.flatten_dict(shardings_tree, sep="/")
@@ -243,5 +243,5 @@ def check_hf(folder: str | pathlib.Path) -> None:
     """Raises the ValueError of `load_hf` for a folder that it would not load; touches no device."""
     folder = pathlib.Path(folder)
     config, family = _read_family(folder, {})
-    shapes_tree = jax.eval_shape(decoder(config).init, jax.random.key(0))
+    shapes_tree = decoder(config).shapes()
     _find_leaves(folder, config, family, traverse_util.flatten_dict(shapes_tree, sep="/"))

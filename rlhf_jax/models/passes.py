@@ -1,5 +1,6 @@
 """How rows go through the layers: all at once for training, or with a cache for decoding."""
 
+import math
 from typing import Any
 
 import jax
@@ -114,8 +115,13 @@ def cached_pass(
 
 def check_positions(config: ModelConfig, length: int) -> None:
     """Raises a ValueError for rows longer than the table of learned positions."""
-    if config.positions == "learned" and length > config.max_positions:
+    if length > longest_row(config):
         raise ValueError(
             f"rows of {length} tokens, but the model has learned {config.max_positions} positions "
             "(model.max_positions); shorten prompts or completions"
         )
+
+
+def longest_row(config: ModelConfig) -> float | int:
+    """How many tokens of a row the model has positions for; inf where they are not learned."""
+    return config.max_positions if config.positions == "learned" else math.inf

@@ -24,7 +24,6 @@ from rlhf_jax.mesh import ShardingRules, fetch_host, shardings_for
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.families import family_of, publish
 from rlhf_jax.models.family import Family, Json, Published
-from rlhf_jax.models.hub import local_folder
 from rlhf_jax.models.load import head_names, load_hf, read_hf_config, read_json
 from rlhf_jax.models.lora import merge_lora
 from rlhf_jax.models.save import (
@@ -37,6 +36,7 @@ from rlhf_jax.models.save import (
 )
 from rlhf_jax.models.tensors import layout, open_tensors
 from rlhf_jax.models.transformer import decoder
+from rlhf_jax.text.hub import local_folder
 from rlhf_jax.types import Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -314,7 +314,7 @@ def load_peft(
     rank = max(leaf.shape[1] for path, leaf in leaves.items() if path.endswith("/lora_b"))
     whole = dataclasses.replace(config, lora_rank=rank, lora_alpha=rank)
     model = decoder(whole, rules)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = model.shapes()
     shardings = shardings_for(model.axes(), shapes, mesh, rules)
     flat = traverse_util.flatten_dict(shardings, sep="/")
     tree = traverse_util.flatten_dict(params, sep="/")
@@ -324,7 +324,7 @@ def load_peft(
 
 
 def _flat_shapes(config: ModelConfig) -> dict[str, Any]:
-    shapes = jax.eval_shape(decoder(config).init, jax.random.key(0))
+    shapes = decoder(config).shapes()
     return traverse_util.flatten_dict(shapes, sep="/")
 
 

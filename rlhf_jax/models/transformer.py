@@ -64,6 +64,7 @@ class Model(NamedTuple):
     and the other functions take the tree of one member (`each_member`).
 
     init(key) -> params
+    shapes() -> the same tree of shapes and types; touches no device
     axes() -> the same tree with tuples of logical axis names (see mesh.ShardingRules)
     apply(params, tokens[B S], positions[B S], mask[B S], cache or None) -> ModelOutput
     logits(params, hidden[... D]) -> float32 [... V]
@@ -75,6 +76,7 @@ class Model(NamedTuple):
     config: ModelConfig
     rules: ShardingRules
     init: Callable[[Array], Params]
+    shapes: Callable[[], Any]
     axes: Callable[[], Any]
     apply: Callable[..., ModelOutput]
     logits: Callable[[Params, Array], Array]
@@ -105,8 +107,12 @@ def decoder(config: ModelConfig, rules: ShardingRules = ShardingRules()) -> Mode
     init = stacked_init(init_one, config)
 
     def axes() -> Any:
-        one = _logical_axes(jax.eval_shape(init_one, jax.random.key(0)))
+        one = _logical_axes(jax.eval_shape(lambda: init_one(jax.random.key(0))))
         return stacked_axes(one, config)
+
+    def shapes() -> Any:
+        # The key is made inside: outside it would be an array on a device.
+        return jax.eval_shape(lambda: init(jax.random.key(0)))
 
     def apply(
         params: Params,
@@ -141,7 +147,9 @@ def decoder(config: ModelConfig, rules: ShardingRules = ShardingRules()) -> Mode
             length=jnp.zeros((), jnp.int32),
         )
 
-    return Model(config, rules, init, axes, apply, logits, scores, init_cache, unstack_layers)
+    return Model(
+        config, rules, init, shapes, axes, apply, logits, scores, init_cache, unstack_layers
+    )
 
 
 def _embed(config, params, tokens, positions, mask):

@@ -2,17 +2,16 @@
 
 import json
 import pathlib
-import re
 from collections.abc import Sequence
 from typing import Any
 
-import huggingface_hub
 import numpy as np
 import tokenizers
 from jaxtyping import Int
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf_jax.text.chat_template import ChatTemplate, read_template, render_chat
+from rlhf_jax.text.hub import local_folder
 
 Ids = Sequence[int] | Int[np.ndarray, "_"]
 
@@ -26,36 +25,69 @@ END_NAMES = (
     "<|eot_id|>",
     "<eos>",
 )
-# What a tokenizer may consist of. Weights stay where they are.
-_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _PROBE = "ypsilon"  # an answer to find in what a template writes
 
 
+class _Fast:
+    """A tokenizer with a Rust backend, as nearly all have; its file's own truncation and padding
+    are switched off."""
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+
+    def ids(self) -> dict[str, int]:
+        return self._backend.get_vocab(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, rows: list[list[int]]) -> list[str]:
+        return self._backend.decode_batch(rows, skip_special_tokens=True)
+
+
+class _Slow:
+    """A tokenizer without a Rust backend (some SentencePiece and older ones)."""
+
+    def __init__(self, loaded: PreTrainedTokenizerBase):
+        self._loaded = loaded
+
+    def ids(self) -> dict[str, int]:
+        return self._loaded.get_vocab()
+
+    def encode(self, text: str) -> list[int]:
+        return self._loaded.encode(text, add_special_tokens=False)
+
+    def decode(self, rows: list[list[int]]) -> list[str]:
+        values = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return [self._loaded.decode(row, **values) for row in rows]
+
+
 class HFTokenizer:
-    """A Hugging Face tokenizer with a Rust backend, as nearly all have.
+    """A Hugging Face tokenizer.
 
     Args:
-        backend: the Rust tokenizer; truncation and padding set in its file are switched off.
+        backend: what encodes and decodes.
         eos_ids: end-of-text ids; the first one is written after training texts.
         pad_id: padding; None takes the first end-of-text id.
+        rows: how many ids its model knows; special tokens above them are refused in texts.
         bos_id, expects_bos, starts, chat, name: see `Tokenizer`.
     """
 
     def __init__(
         self,
-        backend: tokenizers.Tokenizer,
+        backend: _Fast | _Slow,
         *,
         eos_ids: tuple[int, ...],
-        pad_id: int | None = None,
-        bos_id: int | None = None,
-        expects_bos: bool = False,
-        starts: tuple[int, ...] = (),
-        chat: ChatTemplate | None = None,
-        name: str = "a Hugging Face tokenizer",
+        pad_id: int | None,
+        bos_id: int | None,
+        expects_bos: bool,
+        starts: tuple[int, ...],
+        chat: ChatTemplate | None,
+        name: str,
+        rows: int | None,
     ):
-        backend.no_truncation()
-        backend.no_padding()
         self._backend = backend
         self.name = name
         self.eos_ids = eos_ids
@@ -64,70 +96,32 @@ class HFTokenizer:
         self.expects_bos = expects_bos
         self.starts = starts
         self.chat = chat
-        # Not get_vocab_size(): added ids may leave holes below them.
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        # Not the number of tokens: added ids may leave holes below them.
+        self._above = {i: t for t, i in backend.ids().items() if rows is not None and i >= rows}
+        self.vocab_size = max(i for i in backend.ids().values() if i not in self._above) + 1
 
     def encode(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
+        ids = self._backend.encode(text)
+        unknown = [i for i in ids if i in self._above] if self._above else []
+        if unknown:
+            raise ValueError(
+                f"the text holds {self._above[unknown[0]]!r}, token {unknown[0]} of {self.name}, "
+                f"whose model knows ids below {self.vocab_size} only; leave it out"
+            )
+        return ids
 
     def decode(self, ids: Ids) -> str:
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
+        return self._backend.decode([[int(i) for i in ids if i < self.vocab_size]])[0]
 
     def token_texts(self) -> list[str | None]:
-        ids = [[i] for i in range(self.vocab_size)]
-        return [text or None for text in self._backend.decode_batch(ids, skip_special_tokens=True)]
+        return [
+            text or None for text in self._backend.decode([[i] for i in range(self.vocab_size)])
+        ]
 
 
-class SlowTokenizer:
-    """A Hugging Face tokenizer without a Rust backend (some SentencePiece and older ones).
-
-    Args:
-        loaded: what transformers loaded.
-        eos_ids, pad_id, bos_id, expects_bos, starts, chat, name: see `HFTokenizer`.
-    """
-
-    def __init__(
-        self,
-        loaded: PreTrainedTokenizerBase,
-        *,
-        eos_ids: tuple[int, ...],
-        pad_id: int | None = None,
-        bos_id: int | None = None,
-        expects_bos: bool = False,
-        starts: tuple[int, ...] = (),
-        chat: ChatTemplate | None = None,
-        name: str = "a Hugging Face tokenizer",
-    ):
-        self._loaded = loaded
-        self.name = name
-        self.eos_ids = eos_ids
-        self.pad_id = eos_ids[0] if pad_id is None else pad_id
-        self.bos_id = bos_id
-        self.expects_bos = expects_bos
-        self.starts = starts
-        self.chat = chat
-        self.vocab_size = max(loaded.get_vocab().values()) + 1
-
-    def encode(self, text: str) -> list[int]:
-        return self._loaded.encode(text, add_special_tokens=False)
-
-    def decode(self, ids: Ids) -> str:
-        known = [int(i) for i in ids if i < self.vocab_size]
-        return self._loaded.decode(
-            known, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-
-    def token_texts(self) -> list[str | None]:
-        return [self.decode([i]) or None for i in range(self.vocab_size)]
-
-
-def load_published(
-    name: str, *, chat_template: str | None, bos: bool | None
-) -> HFTokenizer | SlowTokenizer:
+def load_published(name: str, *, chat_template: str | None, bos: bool | None) -> HFTokenizer:
     """The tokenizer of a folder, a tokenizer.json, or a model on the hub; see `load_tokenizer`."""
-    path = pathlib.Path(name)
-    if not path.exists() and _HUB_NAME.fullmatch(name):
-        path = _from_hub(name)
+    path = pathlib.Path(local_folder(name, f"tokenizer {name!r}", weights=False))
     if path.is_dir():
         loaded, eos_ids = _from_folder(path), _generation_ends(path)
     elif path.is_file():
@@ -154,25 +148,10 @@ def load_published(
         chat=chat,
         name=name,
     )
-    if isinstance(loaded, PreTrainedTokenizerFast):
-        return HFTokenizer(loaded.backend_tokenizer, **values)
-    return SlowTokenizer(loaded, **values)
-
-
-def _from_hub(name: str) -> pathlib.Path:
-    """The folder in the hub's cache with the tokenizer's files, after asking the hub for news."""
-    try:
-        found = huggingface_hub.snapshot_download(
-            name, allow_patterns=list(_FILES), ignore_patterns=["*/*"]
-        )
-    except OSError as error:  # all errors of the hub's client are of this kind
-        said = str(error).strip().splitlines()
-        raise ValueError(
-            f"tokenizer {name!r} is no local path, is not in the local cache of the Hugging Face "
-            f"hub, and the hub does not give it ({type(error).__name__}: {said[0] if said else ''})"
-            "; name a local folder, or make the hub reachable and log in where the model is gated"
-        ) from error
-    return pathlib.Path(found)
+    fast = isinstance(loaded, PreTrainedTokenizerFast)
+    backend = _Fast(loaded.backend_tokenizer) if fast else _Slow(loaded)
+    used = {*eos_ids, *values["starts"], *(before or ()), loaded.pad_token_id, bos_id}
+    return HFTokenizer(backend, **values, rows=_rows(path, loaded, chat, used))
 
 
 def _from_folder(folder: pathlib.Path) -> PreTrainedTokenizerBase:
@@ -203,6 +182,29 @@ def _generation_ends(folder: pathlib.Path) -> tuple[int, ...]:
     if not all(isinstance(one, int) and one >= 0 for one in found):
         raise ValueError(f"{path}: eos_token_id is {named!r}; wanted an id or a list of ids")
     return found
+
+
+def _rows(
+    path: pathlib.Path, loaded: PreTrainedTokenizerBase, chat: ChatTemplate | None, used: set
+) -> int | None:
+    """How many ids the model beside the tokenizer knows, where all above are special tokens that
+    plain texts do without; None where there is no model, or it knows all, or lacks others.
+
+    Gemma 3's models for text alone have one such token, which stands for an image.
+    """
+    config = path / "config.json"
+    if not config.is_file():
+        return None
+    rows = json.loads(config.read_text("utf-8")).get("vocab_size")
+    if not isinstance(rows, int):
+        return None
+    above = {i: token for token, i in loaded.get_vocab().items() if i >= rows}
+    special = set(loaded.all_special_tokens) | {
+        token.content for token in loaded.added_tokens_decoder.values() if token.special
+    }
+    needed = any(i in used or token not in special for i, token in above.items())
+    written = chat is not None and any(token in chat.text for token in above.values())
+    return None if needed or written or not above else rows
 
 
 def _own_template(

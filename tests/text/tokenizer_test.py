@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import tokenizers
 
-from rlhf_jax.text.published import SlowTokenizer
 from rlhf_jax.text.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
@@ -123,7 +122,6 @@ def test_sentencepiece_folders(name, data_dir, tmp_path):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = load_tokenizer(str(tmp_path))
     assert isinstance(tokenizer, Tokenizer)
-    assert isinstance(tokenizer, SlowTokenizer) == name.endswith("slow")
     assert (tokenizer.chat is None) == (SENTENCEPIECE[name] is None)
     text = "37+8=45 and 45*2 = 90. It's é, ü!"  # its normalisation joins blanks and breaks
     ids = tokenizer.encode(text)
@@ -246,3 +244,33 @@ def test_blanks_that_a_vocabulary_added_end_no_turn(data_dir, tmp_path):
         file.write_text("{% for m in messages %}{{ m.content + '" + end + "' }}{% endfor %}")
         tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"), chat_template=str(file))
         assert tokenizer.eos_ids == eos_ids
+
+
+def _with_image_token(folder, data_dir, rows, **changes):
+    """GPT-2's tokenizer with one more token, 50257, beside a model that knows `rows` ids."""
+    with gzip.open(data_dir / "tokenizers/gpt2/tokenizer.json.gz") as packed:
+        spec = json.load(packed)
+    (end,) = spec["added_tokens"]
+    spec["added_tokens"].append(end | {"id": 50257, "content": "<image>"} | changes)
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    (folder / "config.json").write_text(json.dumps({"vocab_size": rows}))
+    return load_tokenizer(str(folder))
+
+
+@pytest.mark.data
+def test_a_special_token_above_the_models_rows_is_refused_in_texts(data_dir, tmp_path):
+    """As Gemma 3's models for text have one."""
+    tokenizer = _with_image_token(tmp_path, data_dir, rows=50257)
+    assert tokenizer.vocab_size == len(tokenizer.token_texts()) == 50257
+    assert tokenizer.decode(tokenizer.encode("a picture")) == "a picture"
+    with pytest.raises(ValueError, match=r"holds '<image>', token 50257 of .*ids below 50257 only"):
+        tokenizer.encode("a picture: <image>")
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("rows", "changes"), [(50258, {}), (50257, {"special": False}), (50256, {})]
+)
+def test_other_tokens_are_not_left_out(rows, changes, data_dir, tmp_path):
+    """The model knows it, or it is an ordinary token, or the end-of-text token is one of them."""
+    assert _with_image_token(tmp_path, data_dir, rows, **changes).vocab_size == 50258

@@ -13,8 +13,10 @@ from rlhf_jax.algorithms.ppo import ppo
 from rlhf_jax.mesh import make_mesh
 from rlhf_jax.models.completions import evaluate_completions, evaluate_texts
 from rlhf_jax.ops.masking import masked_sum, mean_of
+from rlhf_jax.training.experience import COMPILER_OPTIONS
 from rlhf_jax.training.update import Batch, make_update_step, permute_groups, split_groups
 from rlhf_jax.types import Algorithm, Experience, Needs, Targets, Term
+from tests.compiling import AS_USERS
 from tests.training.tiny import (
     Setup,
     assert_close,
@@ -67,6 +69,15 @@ def ppo_setup(**changes):
     """PPO with a critic of its own: two epochs of two minibatches of two microbatches."""
     sizes = dict(epochs=2, minibatches=2, microbatches=2, rows=4) | changes
     return Setup(ppo(kl_coef=0.1), value=CRITIC, optimizers=sgd("policy", "value"), **sizes)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_as_users_do():
+    """Four updates at a rate of a half make much of rounding, and numbers are held to 1e-5."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in AS_USERS.items():
+            patch.setitem(COMPILER_OPTIONS, name, value)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 ),
                 length=dict(name="length", per_token=-1.0, free=0),  # "the shorter wins"
             ),
-            best_of=dict(sizes=tuple(sizes), marker="####", weights="sigmoid", draws=200),
+            best_of=dict(
+                sizes=tuple(sizes),
+                marker="####",
+                draws=200,
+                weights=dict(outcome="sigmoid", process="score"),
+            ),
         )
     )

@@ -10,7 +10,8 @@ take. For k of the M samples, k in ``best_of.sizes``, with 95 % intervals over p
     <policy>/oracle_<k>              of the one that gold scores highest: pass@k where gold is 0 or 1
     <policy>/majority_<k>            of the answer that most samples give, answers being the numbers
                                      behind ``best_of.marker`` ("": no votes)
-    <policy>/weighted_<k>/<reward>   the same with the reward's scores as the votes' weights
+    <policy>/weighted_<k>/<reward>   the same with votes weighed by the reward's scores, for rewards
+                                     that ``best_of.weights`` names: "score", or its "sigmoid"
 
 and <policy>/gold, the mean of all samples. Every sample goes to evaluation.jsonl with its scores;
 best_of_n.png draws the curves. Learned rewards score as in a policy run, by the same code.
@@ -44,7 +45,7 @@ WEIGHTS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 class Drawn(NamedTuple):
-    """What one policy's samples are: lines of evaluation.jsonl, and numbers by prompt and sample."""
+    """What one policy drew: lines of evaluation.jsonl, and numbers by prompt and sample."""
 
     rows: list[dict[str, Any]]
     gold: Float[np.ndarray, "N M"]
@@ -83,7 +84,6 @@ def drawn(
 def curves(found: Drawn, config: ConfigDict) -> dict[str, Float[np.ndarray, "N J"]]:
     """The estimate of each prompt for each size, by the name of the way of choosing."""
     sizes, gold = tuple(config.best_of.sizes), found.gold
-    weigh = WEIGHTS[config.best_of.get("weights", "sigmoid")]
     draws = config.best_of.get("draws", 200)
 
     def best(scores: np.ndarray) -> np.ndarray:
@@ -103,8 +103,8 @@ def curves(found: Drawn, config: ConfigDict) -> dict[str, Float[np.ndarray, "N J
     made["oracle"] = best(gold)
     if config.best_of.get("marker", "####"):
         made["majority"] = voted([None] * len(gold))
-        for label, scores in found.scores.items():
-            made[f"weighted/{label}"] = voted(list(weigh(scores)))
+        for label, how in config.best_of.get("weights", {}).items():
+            made[f"weighted/{label}"] = voted(list(WEIGHTS[how](found.scores[label])))
     return made
 
 
@@ -126,11 +126,15 @@ def numbers_of(
     return numbers
 
 
-def draw(path, numbers: Mapping[str, float], stages: Sequence[str], config: ConfigDict, ways) -> None:
+def draw(
+    path, numbers: Mapping[str, float], stages: Sequence[str], config: ConfigDict, ways
+) -> None:
     """best_of_n.png: gold of the chosen sample over k, a panel for each policy."""
     figure = Figure(figsize=(6 * len(stages), 4.5), layout="constrained")
     sizes = tuple(config.best_of.sizes)
-    for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False).flat, stages, strict=True):
+    for axes, stage in zip(
+        figure.subplots(1, len(stages), squeeze=False).flat, stages, strict=True
+    ):
         for name in ways:
             way, _, label = name.partition("/")
             names = ["/".join(filter(None, (stage, f"{way}_{k}", label))) for k in sizes]
@@ -154,9 +158,12 @@ def check_config(config: ConfigDict) -> None:
         raise ValueError(
             f"best_of.sizes={sizes}; wanted rising numbers from 1 to rollout.samples={samples}"
         )
-    weights = config.best_of.get("weights", "sigmoid")
-    if weights not in WEIGHTS:
-        raise ValueError(f"best_of.weights={weights!r}; known: {', '.join(WEIGHTS)}")
+    for label, how in config.best_of.get("weights", {}).items():
+        if label not in config.rewards:
+            known = ", ".join(config.rewards)
+            raise ValueError(f"best_of.weights.{label}: no such reward; rewards has {known}")
+        if how not in WEIGHTS:
+            raise ValueError(f"best_of.weights.{label}={how!r}; known: {', '.join(WEIGHTS)}")
     if config.problems < 2:
         raise ValueError(f"problems={config.problems}; wanted 2 or more, for an interval")
     if not config.policies:

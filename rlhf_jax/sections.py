@@ -303,7 +303,7 @@ class BestOf(TypedDict):
 
     sizes: tuple[int, ...]  # of the subsets that are chosen from
     marker: NotRequired[str]  # before the number that a sample votes for; "": no votes
-    weights: NotRequired[str]  # of votes: sigmoid of a reward's score, or the score itself
+    weights: NotRequired[dict[str, str]]  # of votes by reward: sigmoid of its score, or score
     draws: NotRequired[Count]  # random subsets of each size, for votes
 
 

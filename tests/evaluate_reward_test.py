@@ -386,5 +386,5 @@ def test_real_files_from_end_to_end(judge, tmp_path, data_dir):
             [one["value"] for one in levels.values()], weights=[c["count"] for c in levels.values()]
         )
     )
-    assert {"rm_bench/longer_wins", "rm_bench/level_worst", "processbench/f1"} <= numbers.keys()
+    assert {"rm_bench/longer_wins", "rm_bench/accuracy_low", "processbench/f1"} <= numbers.keys()
     assert 0 <= numbers["processbench/f1_low"] <= numbers["processbench/f1"]

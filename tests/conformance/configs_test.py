@@ -7,7 +7,7 @@ import pathlib
 import pytest
 from ml_collections import ConfigDict
 
-from rlhf_jax import label_steps, sections
+from rlhf_jax import evaluate_best_of, label_steps, sections
 from rlhf_jax.pipeline import PROGRAMS, check
 from rlhf_jax.policy_plan import make_plan
 
@@ -60,6 +60,9 @@ def test_a_config_names_what_exists(name, tmp_path, monkeypatch):
         label_steps.check_config(config)
     elif "reward_sets" in config:
         sections.check("evaluate", config)
+    elif "best_of" in config:
+        sections.check("evaluate", config)
+        evaluate_best_of.check_config(config)
     else:
         plan = make_plan(config)
         assert plan.described["policy"].vocab_size == plan.tokenizer.vocab_size

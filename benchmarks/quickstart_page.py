@@ -164,9 +164,9 @@ Newcombe). Sampling is at temperature 1. PPO saw the learned rewards only.
 
 Points gained over the fine-tuned model of the main run. *20 % more fine-tuning* says whether
 fine-tuning was at its end; *shuffled labels* trains the reward models on the same samples with
-their labels dealt out anew, and PPO against them. Where a step has a carry, the fine-tuned model
-slips as often as not, so its greedy answers hang on small differences: any change of the model
-moves them, in either direction, more than it moves the samples.
+their labels dealt out anew, and PPO against them. Such models say about the same of every answer,
+and as the reward is a probability, not a score on a scale of its own, the KL holds the policy where
+it was (with standardised scores it wandered: quickstart_calibration.md).
 
 {table(head, controls)}
 

@@ -37,7 +37,7 @@ setup(
     packages=find_packages(include=["rlhf_jax", "rlhf_jax.*"]),
     install_requires=[
         "absl-py>=2.1",
-        "antlr4-python3-runtime==4.13.2",  # of math-verify's reader of LaTeX; it takes no other 4.13
+        "antlr4-python3-runtime==4.13.2",  # what math-verify's reader needs
         "array_record>=0.8",
         "flax>=0.12.8",
         "grain>=0.2.18",

@@ -1,6 +1,7 @@
 """Best-of-N of the quickstart: choosing among many samples by the two reward models, and by votes.
 
-    python -m rlhf_jax.evaluate --config=configs/best_of_n.py:run=runs/quickstart --workdir=runs/best
+    python -m rlhf_jax.evaluate --workdir=runs/best \
+        --config=configs/best_of_n.py:run=runs/quickstart
 
 ``run`` is the folder of a finished quickstart (`configs/quickstart.py`). 32 samples of each of 256
 test problems from the fine-tuned model and from the policy; what the sample is worth that a reward

@@ -7,7 +7,7 @@ no model, says what each is worth; each reward of ``rewards``, learned or not, s
 take. For k of the M samples, k in ``best_of.sizes``, with 95 % intervals over prompts:
 
     <policy>/best_of_<k>/<reward>    gold of the one that the reward scores highest (unbiased)
-    <policy>/oracle_<k>              of the one that gold scores highest: pass@k where gold is 0 or 1
+    <policy>/oracle_<k>              of the one that gold scores highest: pass@k if gold is 0 or 1
     <policy>/majority_<k>            of the answer that most samples give, answers being the numbers
                                      behind ``best_of.marker`` ("": no votes)
     <policy>/weighted_<k>/<reward>   the same with votes weighed by the reward's scores, for rewards

@@ -9,7 +9,8 @@ The model is a Hugging Face folder, or a name on the hub such as Qwen/Qwen2.5-0.
 of a file holds ``messages`` (a dialogue that ends with the user) and ``answer`` (a number); the
 reward is 1 where the completion's number behind ``####`` is that answer. Adapters train on a frozen
 base, which is the reference too. The last stage measures answers on held-out prompts before and
-after. With ``small`` every stage is short, for tests.
+after: on ``problems`` of them, 256 unless you say (the file has as many lines or more). The run is
+in bfloat16; with ``small`` every stage is short and in float32, for tests.
 """
 
 from ml_collections import ConfigDict
@@ -86,7 +87,7 @@ def evaluation(args: ConfigDict) -> dict:
         model=dict(init_from="", **types(args)),
         policies=dict(before=dict(init_from=args.model), after=dict(init_from="{workdir}/policy")),
         reference="before",
-        problems=4 if args.small else 256,
+        problems=4 if args.small else args.problems,
         data=data(args, args.held_out),
         rollout=rollout(args, prompts=16, samples=4),
         gold=RULE,
@@ -95,7 +96,13 @@ def evaluation(args: ConfigDict) -> dict:
 
 def get_config(arg: str | None = None) -> ConfigDict:
     args = parse_arg(
-        arg, seed=0, small=False, model="", prompts="train.jsonl", held_out="test.jsonl"
+        arg,
+        seed=0,
+        small=False,
+        model="",
+        prompts="train.jsonl",
+        held_out="test.jsonl",
+        problems=256,
     )
     stages = dict(
         policy=dict(program="train_policy", config=policy(args)),

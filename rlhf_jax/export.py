@@ -186,7 +186,8 @@ def _adapters_base(workdir: str, config: ModelConfig, named: str) -> str:
             f"--adapters: {start} holds adapters, which were merged before these were trained; "
             "export the whole model (without --adapters), or name such weights' folder by --base"
         )
-    return start
+    # Adapters are read from anywhere; what is no folder here is a name on the hub.
+    return str(pathlib.Path(start).resolve()) if pathlib.Path(start).is_dir() else start
 
 
 def _check_base(
@@ -201,7 +202,9 @@ def _check_base(
     with within(f"--adapters: the base {base}"):
         if not roles.is_hf_folder(base):
             raise ValueError("no Hugging Face folder; wanted a config.json with a model_type")
-        named, held = load_hf(base, mesh, rules)
+        # In the type in which the run began with it.
+        types = {"param_dtype": config.param_dtype}
+        named, held = load_hf(base, mesh, rules, overrides=types)
         if architecture(named) != architecture(config):
             raise ValueError("another architecture than that of the adapters' model")
         _, trunk = partition(params, config)

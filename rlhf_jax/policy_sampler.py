@@ -57,7 +57,7 @@ def of_policy(config: ConfigDict, name: str) -> ConfigDict:
 def check_problems(path: str, problems: int, prompts: Sized) -> None:
     """Raises a ValueError for more problems than the data has: none may come twice."""
     if problems > len(prompts):
-        raise ValueError(f"{path}={problems} but data has {len(prompts)}")
+        raise ValueError(f"{path}={problems} but data has {len(prompts)}; set {path}")
 
 
 def plan_sampler(config: ConfigDict, path: str = "model") -> SamplerPlan:

@@ -116,8 +116,8 @@ def ensemble_of(folder: str) -> dict[str, Any]:
 
     With the adapters of a LoRA ensemble, which are never merged: there would be a base for each.
     """
-    if not folder:
-        return {}
+    if not folder or not pathlib.Path(local_folder(folder)).is_dir():
+        return {}  # `describe` says what is wrong with it
     config = _described(folder)
     if config.members == 1:
         return {}

@@ -257,6 +257,8 @@ def test_adapters_are_added_before_numbers_are_rounded(tmp_path):
     base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), load_hf(start, mesh(), RULES)[1])
     params = run(tmp_path / "run", {"policy": policy}, start=start, base=base)["policy"]
     export(workdir=str(tmp_path / "run"), output=str(tmp_path / "out"), dtype="float32")
+    # The base is the folder's in the run's type.
+    export(workdir=str(tmp_path / "run"), output=str(tmp_path / "adapters"), adapters=True)
     written = load_hf(tmp_path / "out", mesh(), RULES)[1]
     exact = merge_lora(jax.tree.map(lambda x: x.astype(jnp.float32), params), policy)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), written, exact)

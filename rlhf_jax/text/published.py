@@ -25,6 +25,8 @@ END_NAMES = (
     "<|eot_id|>",
     "<eos>",
 )
+# One of these is there wherever a tokenizer is.
+_KINDS = ("tokenizer*.json", "*.model", "vocab.*", "*.tiktoken", "merges.txt")
 _PROBE = "ypsilon"  # an answer to find in what a template writes
 
 
@@ -155,6 +157,8 @@ def load_published(name: str, *, chat_template: str | None, bos: bool | None) ->
 
 
 def _from_folder(folder: pathlib.Path) -> PreTrainedTokenizerBase:
+    if not any(any(folder.glob(kind)) for kind in _KINDS):
+        raise ValueError(f"{folder} holds no tokenizer, such as a tokenizer.json")
     bare = folder / "tokenizer.json"
     if bare.is_file() and not (folder / "tokenizer_config.json").is_file():
         return PreTrainedTokenizerFast(tokenizer_file=str(bare))

@@ -230,6 +230,9 @@ def test_chat_templates_from_files(tmp_path):
 
 
 def test_a_folder_without_a_tokenizer_says_what_is_wanted(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no tokenizer, such as a tokenizer.json"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "NoSuchTokenizer"}')
     with pytest.raises(ValueError, match=r"transformers loads no tokenizer.*wanted a tokenizer.js"):
         load_tokenizer(str(tmp_path))
 

@@ -37,4 +37,5 @@ def test_purposes_keep_their_numbers():
         "REWARD_UPDATE": 5,
         "CALIBRATE": 6,
         "EVALUATE": 7,
+        "CONTINUE": 8,
     }

@@ -14,6 +14,9 @@ What a run trained becomes what ``--what`` says:
 A reward run with an outcome and a process head exports either; a head of another name, which serves
 both, becomes the classifier of tokens, which scores every token as it does.
 
+An ensemble is written member by member, a folder each (``--member=0``, ...): whole models of the
+same form, so its scores are the mean of theirs, or what `rlhf_jax.ops.ensemble` makes of them.
+
 With ``--adapters`` the adapters of a run are written as they are, in PEFT's format, beside the name
 of the model they were trained on. Else they are merged.
 
@@ -37,6 +40,7 @@ from rlhf_jax.models.config import DTYPES, ModelConfig
 from rlhf_jax.models.families import architecture, family_of
 from rlhf_jax.models.load import load_hf
 from rlhf_jax.models.lora import merge_lora, partition
+from rlhf_jax.models.members import member_of
 from rlhf_jax.models.peft import is_adapter_folder, save_peft
 from rlhf_jax.models.save import ROLES, check_empty, json_bytes, published_config, save_hf
 from rlhf_jax.schema import closest, within
@@ -68,6 +72,7 @@ def export(
     dtype: Annotated[str, "float32, bfloat16 or float16 in place of the run's."] = "",
     adapters: Annotated[bool, "Write the adapters alone, for PEFT."] = False,
     base: Annotated[str, "With --adapters: the folder or name of the model they change."] = "",
+    member: Annotated[int, "Which model of an ensemble, from 0 on."] = -1,
     pad_token_id: Annotated[int, "In place of the tokenizer's; -1 is none."] = -1,
     max_shard_size: Annotated[str, "Of one file of tensors."] = "5GB",
 ) -> None:
@@ -84,12 +89,9 @@ def export(
         models = run_folder.read_models(workdir)
         check_newest(workdir)
     subject = find_subject(models, what)
-    if models[subject.role].members > 1:
-        raise ValueError(
-            f"--workdir={workdir!r} is an ensemble of {models[subject.role].members} reward "
-            "models, for which there is no published form"
-        )
-    config = _exported(models[subject.role], subject)
+    trained = models[subject.role]
+    _check_member(trained, member)
+    config = _exported(trained, subject)
     base = _adapters_base(workdir, config, base) if adapters else ""
     if pad_token_id >= config.vocab_size:
         raise ValueError(f"--pad_token_id={pad_token_id}; the model has {config.vocab_size} tokens")
@@ -105,7 +107,10 @@ def export(
 
     mesh, rules = make_mesh({"fsdp": -1}), ShardingRules()
     with jax.set_mesh(mesh):
-        params = _with_head(roles.load_role(workdir, subject.role, mesh, rules), subject)
+        params = roles.load_role(workdir, subject.role, mesh, rules)
+        if trained.members > 1:
+            params = member_of(params, trained, member)
+        params = _with_head(params, subject)
         if adapters:
             _check_base(params, config, base, mesh, rules)
             save_peft(output, params, config, subject.what, base=base, published=published,
@@ -150,7 +155,20 @@ def find_subject(models: dict[str, ModelConfig], what: str) -> Subject:
 def _exported(config: ModelConfig, subject: Subject) -> ModelConfig:
     """The config of what is exported."""
     heads = () if subject.what == "policy" else (subject.what,)
-    return dataclasses.replace(config, lm_head=not heads, score_heads=heads)
+    return dataclasses.replace(
+        config, lm_head=not heads, score_heads=heads, members=1, ensemble="none"
+    )
+
+
+def _check_member(config: ModelConfig, member: int) -> None:
+    """Raises a ValueError for a member that an ensemble lacks, or one of what is one model."""
+    if config.members == 1 and member >= 0:
+        raise ValueError(f"--member={member}, but the run trained one model; leave it out")
+    if config.members > 1 and not 0 <= member < config.members:
+        raise ValueError(
+            f"--member={member}: the run is an ensemble of {config.members} models, which are "
+            f"written one by one, a folder each; wanted 0 to {config.members - 1}"
+        )
 
 
 def _with_head(params: Params, subject: Subject) -> Params:

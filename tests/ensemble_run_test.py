@@ -153,7 +153,7 @@ def test_what_cannot_work_is_named_before_anything_runs(folders, tmp_path):
         make_plan(value)
     with pytest.raises(ValueError, match="is one model; name the folder of a run with"):
         make_plan(policy_config(""))
-    with pytest.raises(ValueError, match="ensemble of 3 reward models"):
+    with pytest.raises(ValueError, match="ensemble of 3 models"):
         export(workdir=str(linear), output=str(tmp_path / "out"))
 
 

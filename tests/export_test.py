@@ -26,6 +26,7 @@ from rlhf_jax.model_folder import load_params, open_model
 from rlhf_jax.models.config import named_size
 from rlhf_jax.models.load import load_hf
 from rlhf_jax.models.lora import merge_lora, partition
+from rlhf_jax.models.members import member_of
 from rlhf_jax.models.tensors import open_tensors
 from rlhf_jax.models.transformer import decoder
 from rlhf_jax.training import checkpoint
@@ -262,6 +263,28 @@ def test_adapters_are_added_before_numbers_are_rounded(tmp_path):
     written = load_hf(tmp_path / "out", mesh(), RULES)[1]
     exact = merge_lora(jax.tree.map(lambda x: x.astype(jnp.float32), params), policy)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), written, exact)
+
+
+def test_an_ensemble_member_by_member(tmp_path):
+    both = dataclasses.replace(HEADS, score_heads=("outcome",), members=2, ensemble="linear")
+    params = run(tmp_path / "run", {"reward": both})["reward"]
+    one = dataclasses.replace(both, members=1, ensemble="none")
+    seen = []
+    for number in range(2):
+        out = tmp_path / f"member_{number}"
+        export(workdir=str(tmp_path / "run"), output=str(out), member=number)
+        config, loaded = load_hf(out, mesh(), RULES)
+        assert config.score_heads == ("outcome",) and not config.lm_head
+        wanted = member_of(params, both, number)
+        kernel = wanted["heads"]["outcome"]["kernel"]
+        np.testing.assert_array_equal(loaded["heads"]["outcome"]["kernel"], kernel)
+        assert jax.tree.structure(wanted) == jax.tree.structure(decoder(one).shapes())
+        jax.tree.map(np.testing.assert_array_equal, loaded["layers"], wanted["layers"])
+        seen.append(np.asarray(kernel))
+    assert not np.array_equal(*seen)
+    for member, said in ((2, "--member=2: the run is an ensemble of 2"), (-1, "wanted 0 to 1")):
+        with pytest.raises(ValueError, match=said):
+            export(workdir=str(tmp_path / "run"), output=str(tmp_path / "no"), member=member)
 
 
 def test_the_padding_token_of_an_outcome_model_ends_no_text(tmp_path):

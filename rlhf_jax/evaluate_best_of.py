@@ -31,7 +31,7 @@ from rlhf_jax import build, run_folder
 from rlhf_jax.judge import Judge, check_judge, make_judge
 from rlhf_jax.label_samples import write_lines
 from rlhf_jax.learned_judge import check_learned, make_learned
-from rlhf_jax.ops.reward_metrics import best_of_k, mean_interval
+from rlhf_jax.ops.reward_metrics import best_of_k_curves, mean_interval
 from rlhf_jax.ops.voting import majority_of_k
 from rlhf_jax.policy_sampler import PolicySampler, check_problems, of_policy
 from rlhf_jax.rewards.exact_match import parse_answer
@@ -86,10 +86,6 @@ def curves(found: Drawn, config: ConfigDict) -> dict[str, Float[np.ndarray, "N J
     sizes, gold = tuple(config.best_of.sizes), found.gold
     draws = config.best_of.get("draws", 200)
 
-    def best(scores: np.ndarray) -> np.ndarray:
-        pairs = zip(scores, gold, strict=True)
-        return np.array([best_of_k(s[None], g[None], sizes) for s, g in pairs])
-
     def voted(weights: Sequence[np.ndarray | None]) -> np.ndarray:
         rows = zip(found.answers, gold, weights, strict=True)
         return np.array(
@@ -99,8 +95,11 @@ def curves(found: Drawn, config: ConfigDict) -> dict[str, Float[np.ndarray, "N J
             ]
         )
 
-    made = {f"best_of/{label}": best(scores) for label, scores in found.scores.items()}
-    made["oracle"] = best(gold)
+    made = {
+        f"best_of/{label}": best_of_k_curves(list(scores), list(gold), sizes)
+        for label, scores in found.scores.items()
+    }
+    made["oracle"] = best_of_k_curves(list(gold), list(gold), sizes)
     if config.best_of.get("marker", "####"):
         made["majority"] = voted([None] * len(gold))
         for label, how in config.best_of.get("weights", {}).items():

@@ -18,7 +18,7 @@ from rlhf_jax.mesh import fetch_host
 from rlhf_jax.ops.masking import masked_sum
 from rlhf_jax.policy_sampler import PolicySampler
 from rlhf_jax.schema import check_call
-from rlhf_jax.types import Rollouts
+from rlhf_jax.types import Rollouts, Scores
 
 Judge = Callable[[Rollouts], Float[np.ndarray, " B"]]
 _RESOURCES = ("decode", "records", "rows")  # what a factory gets if it names it
@@ -62,10 +62,14 @@ def make_judge(path: str, section: ConfigDict, sampler: PolicySampler) -> Judge:
     state = reward.init()
 
     def judge(rollouts: Rollouts) -> Float[np.ndarray, " B"]:
-        scores, _ = score(state, rollouts)
-        return fetch_host(scores.outcome + masked_sum(scores.process, rollouts.mask, axis=-1))
+        return total(score(state, rollouts)[0], rollouts)
 
     return judge
+
+
+def total(scores: Scores, rollouts: Rollouts) -> Float[np.ndarray, " B"]:
+    """One number for each completion, on the host: outcome plus the sum of process scores."""
+    return fetch_host(scores.outcome + masked_sum(scores.process, rollouts.mask, axis=-1))
 
 
 def _values(section: ConfigDict) -> dict[str, Any]:

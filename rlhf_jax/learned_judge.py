@@ -14,11 +14,10 @@ from ml_collections import ConfigDict
 from numpy import ndarray
 
 from rlhf_jax import build, roles
-from rlhf_jax.judge import Judge, make_judge
-from rlhf_jax.mesh import ShardingRules, fetch_host
+from rlhf_jax.judge import Judge, make_judge, total
+from rlhf_jax.mesh import ShardingRules
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.transformer import decoder
-from rlhf_jax.ops.masking import masked_sum
 from rlhf_jax.policy_sampler import PolicySampler
 from rlhf_jax.reward_texts import own_tokenizers, writers
 from rlhf_jax.rewards.other_tokens import Writer, translated
@@ -74,10 +73,7 @@ def make_learned(label: str, config: ConfigDict) -> Callable[[PolicySampler], Ju
                     state = reward.init()
                     calibrate = reward.calibrate
                     made["state"] = state if calibrate is None else calibrate(state, rollouts)
-                scores, _ = score(made["state"], rollouts)
-                return fetch_host(
-                    scores.outcome + masked_sum(scores.process, rollouts.mask, axis=-1)
-                )
+                return total(score(made["state"], rollouts)[0], rollouts)
 
         return judge
 

@@ -176,34 +176,43 @@ def describe_models(
             described[f"reward/{label}"] = _start(f"rewards.{label}", start, policy, size, changes)
             roles.check_heads(f"rewards.{label}", start, changes["score_heads"])
     if algorithm.needs.value and "value" not in policy.score_heads:
-        if "value" not in config:
-            raise ValueError(
-                f"value is missing and {config.algorithm.name} trains a value model; set "
-                "value=dict(init_from=...) to 'policy', a reward's label or a folder"
-            )
-        start = config.value.init_from
-        changes = dict(lm_head=False, score_heads=("value",))
-        if start in own:
-            raise ValueError(
-                f"value.init_from={start!r} is a reward with another tokenizer, and a value reads "
-                "the policy's tokens; start it from 'policy' or a folder"
-            )
-        if start in config.rewards and f"reward/{start}" not in described:
-            raise ValueError(f"value.init_from={start!r} is a reward without a model")
-        if f"reward/{start}" in described:
-            if described[f"reward/{start}"].members > 1:
-                raise ValueError(
-                    f"value.init_from={start!r} is an ensemble, and a value is one model; start it "
-                    "from 'policy', another reward or a folder"
-                )
-            described["value"] = dataclasses.replace(described[f"reward/{start}"], **changes)
-        else:
-            start = "" if start == "policy" else start
-            adapters = roles.adapters_on(start, config.model)
-            if adapters is not None:
-                changes |= {name: getattr(adapters, name) for name in roles.ADAPTERS}
-            described["value"] = _start("value", start, policy, vocab_size, changes)
+        described["value"] = _describe_value(config, vocab_size, described, own)
     return described
+
+
+def _describe_value(
+    config: ConfigDict,
+    vocab_size: int,
+    described: Mapping[str, ModelConfig],
+    own: Mapping[str, Tokenizer],
+) -> ModelConfig:
+    """The config of the critic: that of a reward, of the policy, or of a folder."""
+    if "value" not in config:
+        raise ValueError(
+            f"value is missing and {config.algorithm.name} trains a value model; set "
+            "value=dict(init_from=...) to 'policy', a reward's label or a folder"
+        )
+    start = config.value.init_from
+    changes = dict(lm_head=False, score_heads=("value",))
+    if start in own:
+        raise ValueError(
+            f"value.init_from={start!r} is a reward with another tokenizer, and a value reads "
+            "the policy's tokens; start it from 'policy' or a folder"
+        )
+    if start in config.rewards and f"reward/{start}" not in described:
+        raise ValueError(f"value.init_from={start!r} is a reward without a model")
+    if f"reward/{start}" in described:
+        if described[f"reward/{start}"].members > 1:
+            raise ValueError(
+                f"value.init_from={start!r} is an ensemble, and a value is one model; start it "
+                "from 'policy', another reward or a folder"
+            )
+        return dataclasses.replace(described[f"reward/{start}"], **changes)
+    start = "" if start == "policy" else start
+    adapters = roles.adapters_on(start, config.model)
+    if adapters is not None:
+        changes |= {name: getattr(adapters, name) for name in roles.ADAPTERS}
+    return _start("value", start, described["policy"], vocab_size, changes)
 
 
 def _start(

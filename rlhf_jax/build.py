@@ -40,7 +40,7 @@ from rlhf_jax.types import Algorithm, Needs, Reward, Sampling
 KINDS = {"texts": texts, "pairs": pairs, "correctness": correctness, "steps": step_labels}
 # Keys of a source's section: where its records come from, and what the run does with them.
 _SOURCE = ("name", "split", "data_dir", "options")
-_RUN = ("kind", "weight", "rows", "max_prompt", "tokenizer", "chat_template", "bos")
+_RUN = ("kind", "weight", "rows", "head", "max_prompt", "tokenizer", "chat_template", "bos")
 # What a reward's factory gets if it names it among its parameters.
 RESOURCES = ("model", "params", "mesh", "decode", "records", "rows")
 # Keys of a reward's section that wrap the reward; all others go to its factory.
@@ -102,6 +102,8 @@ def check_source(path: str, section: ConfigDict, kinds: Sequence[str] = tuple(KI
         raise ValueError(f"{path}.kind={section.kind!r}; this program takes {', '.join(kinds)}")
     if not isinstance(section.rows, int) or section.rows < 1:
         raise ValueError(f"{path}.rows={section.rows!r}; wanted 1 or more")
+    if "head" in section and section.kind == "texts":
+        raise ValueError(f"{path}.head={section.head!r}, but texts train no scoring head")
     values = {k: v for k, v in section.to_dict().items() if k not in (*_SOURCE, *_RUN)}
     ours, others = ("sources", "tokenizer", "seed"), (*_SOURCE, *_RUN)
     check_call(path, KINDS[section.kind], values, given=ours, also=others)
@@ -112,8 +114,8 @@ def check_source(path: str, section: ConfigDict, kinds: Sequence[str] = tuple(KI
 def examples(path: str, section: ConfigDict, text: Tokenizer, seed: int) -> ExampleSource:
     """Batches of the kind of supervised rows that ``section.kind`` names.
 
-    The other keys of the section are those of its source, of the run (weight, rows), and of the
-    factory of its kind in `rlhf_jax.data`.
+    The other keys of the section are those of its source, of the run (weight, rows, head), and
+    of the factory of its kind in `rlhf_jax.data`.
     """
     check_source(path, section)
     values = {k: v for k, v in section.to_dict().items() if k not in (*_SOURCE, *_RUN)}

@@ -3,11 +3,13 @@
     python -m rlhf_jax.evaluate --config=configs/X.py --workdir=DIR
 
 Policies: exact answers, sampling at temperature 1 and greedy, and how far the samples are from
-those of the policy ``reference`` (KL in nats per completion). Reward models: pair accuracy beside
-"the longer wins", AUC and balanced accuracy of steps beside the majority rate. Intervals are
-95 %. Every evaluated completion goes to evaluation.jsonl; a table is printed. A config with
-``reward_sets`` measures a reward model on published sets: see `rlhf_jax.evaluate_reward`. One with
-``best_of`` draws many samples and chooses: see `rlhf_jax.evaluate_best_of`.
+those of the policy ``reference`` (KL in nats per completion), and what exact answers gained over it
+on the same problems. Reward models: pair accuracy beside "the longer wins", AUC and balanced
+accuracy of steps beside the majority rate. Intervals are 95 %. Every evaluated completion goes to
+evaluation.jsonl; a table is printed. A config with ``reward_sets`` measures a reward model on
+published sets: see `rlhf_jax.evaluate_reward`. One with ``best_of`` draws many samples and chooses:
+see `rlhf_jax.evaluate_best_of`. One with ``benchmarks`` says what policies lost or gained on each
+against their start: see `rlhf_jax.evaluate_benchmarks`.
 """
 
 import itertools
@@ -17,17 +19,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
 from rlhf_jax import build, program, reward_report, roles, run_folder
 from rlhf_jax.compile_watch import CompileWatch
+from rlhf_jax.evaluate_benchmarks import evaluate_benchmarks
 from rlhf_jax.evaluate_best_of import evaluate_best_of
 from rlhf_jax.evaluate_reward import evaluate_reward
 from rlhf_jax.fit import check_rows
 from rlhf_jax.label_samples import write_lines
-from rlhf_jax.ops.reward_metrics import mean_interval, wilson_interval
+from rlhf_jax.ops.reward_metrics import clustered_interval, mean_interval
 from rlhf_jax.policy_sampler import PolicySampler, check_problems, of_policy
 from rlhf_jax.rewards.exact_match import is_exact
 from rlhf_jax.sampling.methods import make_sampling
@@ -72,15 +76,40 @@ def policy_rows(
 
 
 def accuracies(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """<stage>/accuracy and <stage>/greedy_accuracy with 95 % intervals (Wilson)."""
+    """<stage>/accuracy and <stage>/greedy_accuracy with 95 % intervals (Wilson, over prompts)."""
     found: dict[str, list[bool]] = {}
+    prompts: dict[str, list[str]] = {}
     for row in rows:
         name = f"{row['stage']}/{_MODES[row['mode']][1]}accuracy"
         found.setdefault(name, []).append(row["correct"])
+        prompts.setdefault(name, []).append(row["prompt"])
     numbers = {}
     for name, correct in found.items():
-        low, high = wilson_interval(sum(correct), len(correct))
+        low, high = clustered_interval(np.array(correct, np.float64), np.array(prompts[name]))
         numbers |= {name: sum(correct) / len(correct), f"{name}_low": low, f"{name}_high": high}
+    return numbers
+
+
+def changes(rows: Iterable[Mapping[str, Any]], start: str) -> dict[str, float]:
+    """<stage>/accuracy_change and <stage>/greedy_accuracy_change against the policy ``start``.
+
+    The mean over problems of paired differences with their 95 % interval: what problems differ in
+    falls out. Nothing where no start is named, or there are fewer than two problems.
+    """
+    found: dict[str, dict[str, dict[str, list[bool]]]] = {}
+    for row in rows:
+        by_stage = found.setdefault(f"{_MODES[row['mode']][1]}accuracy_change", {})
+        by_stage.setdefault(row["stage"], {}).setdefault(row["prompt"], []).append(row["correct"])
+    numbers = {}
+    for name, by_stage in found.items():
+        before = by_stage.get(start, {})
+        for stage, after in by_stage.items() if len(before) > 1 else ():
+            if stage == start:
+                continue
+            gaps = [np.mean(after[prompt]) - np.mean(before[prompt]) for prompt in before]
+            mean, low, high = mean_interval(np.array(gaps))
+            one = f"{stage}/{name}"
+            numbers |= {one: mean, f"{one}_low": low, f"{one}_high": high}
     return numbers
 
 
@@ -177,6 +206,8 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, float | int]:
         return evaluate_reward(config, workdir)
     if "best_of" in config:
         return evaluate_best_of(config, workdir, conclude)
+    if "benchmarks" in config:
+        return evaluate_benchmarks(config, workdir, conclude)
     started = time.time()
     check_config(config)
     check_reward(config)
@@ -201,7 +232,7 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, float | int]:
         )
     ]
     write_lines(folder / "evaluation.jsonl", rows)
-    numbers = accuracies(rows) | divergences(rows)
+    numbers = accuracies(rows) | divergences(rows) | changes(rows, origin)
     compiles = sum(sampler.compiles.after_warmup for sampler in samplers.values())
     if config.reward.init_from:
         watch = CompileWatch()

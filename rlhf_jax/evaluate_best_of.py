@@ -31,7 +31,7 @@ from rlhf_jax import build, run_folder
 from rlhf_jax.judge import Judge, check_judge, make_judge
 from rlhf_jax.label_samples import write_lines
 from rlhf_jax.learned_judge import check_learned, make_learned
-from rlhf_jax.ops.reward_metrics import best_of_k_curves, mean_interval
+from rlhf_jax.ops.reward_metrics import best_of_k_curves, prompt_interval
 from rlhf_jax.ops.voting import majority_of_k
 from rlhf_jax.policy_sampler import PolicySampler, check_problems, of_policy
 from rlhf_jax.rewards.exact_match import parse_answer
@@ -63,6 +63,8 @@ def drawn(
         kept, k = config.problems - first, rollouts.group_size
         said = {name: judge(rollouts) for name, judge in {"": gold, **judges}.items()}
         batches.append({name: x.reshape(-1, k)[:kept] for name, x in said.items()})
+        for name, x in batches[-1].items():
+            _check_finite(f"rewards.{name}" if name else "gold", stage, x, first)
         for i, group in enumerate(sampler.decode(rollouts)[:kept]):
             answers.append([parse_answer(s.completion, marker) if marker else None for s in group])
             for j, sample in enumerate(group):
@@ -79,6 +81,16 @@ def drawn(
                 )
     whole = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
     return Drawn(rows, whole.pop(""), whole, answers)
+
+
+def _check_finite(path: str, stage: str, scores: Float[np.ndarray, "N M"], first: int) -> None:
+    """Raises a ValueError for a score that is no number: nothing is better or worse than that."""
+    if not np.isfinite(scores).all():
+        row, sample = np.argwhere(~np.isfinite(scores))[0]
+        raise ValueError(
+            f"{path} scores sample {sample} of problem {first + row} by policies.{stage} with "
+            f"{scores[row, sample]}; wanted a finite number"
+        )
 
 
 def curves(found: Drawn, config: ConfigDict) -> dict[str, Float[np.ndarray, "N J"]]:
@@ -103,7 +115,13 @@ def curves(found: Drawn, config: ConfigDict) -> dict[str, Float[np.ndarray, "N J
     if config.best_of.get("marker", "####"):
         made["majority"] = voted([None] * len(gold))
         for label, how in config.best_of.get("weights", {}).items():
-            made[f"weighted/{label}"] = voted(list(WEIGHTS[how](found.scores[label])))
+            weights = WEIGHTS[how](found.scores[label])
+            if (weights < 0).any():
+                raise ValueError(
+                    f"best_of.weights.{label}={how!r}: a vote cannot weigh {weights.min():g}; "
+                    'scores below 0 want "sigmoid"'
+                )
+            made[f"weighted/{label}"] = voted(list(weights))
     return made
 
 
@@ -114,7 +132,7 @@ def numbers_of(
     numbers: dict[str, float] = {}
 
     def add(name: str, values: np.ndarray) -> None:
-        mean, low, high = mean_interval(values)
+        mean, low, high = prompt_interval(values)
         numbers.update({name: mean, f"{name}_low": low, f"{name}_high": high})
 
     add(f"{stage}/gold", found.gold.mean(axis=1))
@@ -192,14 +210,19 @@ def evaluate_best_of(config: ConfigDict, workdir: str, conclude) -> dict[str, fl
     for sampler in samplers.values():
         check_problems("problems", config.problems, sampler)
     folder = run_folder.prepare(workdir, config, {})
-    rows, numbers, ways = [], {}, ()
+    found: dict[str, Drawn] = {}
     for stage, sampler in samplers.items():
         gold = make_judge("gold", config.gold, sampler)
-        found = drawn(stage, sampler, gold, {k: plan(sampler) for k, plan in plans.items()}, config)
-        made = curves(found, config)
-        rows, ways = rows + found.rows, tuple(made)
-        numbers |= numbers_of(stage, found, made, config.best_of.sizes)
-    write_lines(folder / "evaluation.jsonl", rows)
+        judges = {label: plan(sampler) for label, plan in plans.items()}
+        found[stage] = drawn(stage, sampler, gold, judges, config)
+        write_lines(
+            folder / "evaluation.jsonl", [row for one in found.values() for row in one.rows]
+        )
+    numbers, ways = {}, ()
+    for stage, one in found.items():
+        made = curves(one, config)
+        ways = tuple(made)
+        numbers |= numbers_of(stage, one, made, config.best_of.sizes)
     if jax.process_index() == 0:
         draw(folder / "best_of_n.png", numbers, tuple(samplers), config, ways)
     compiles = sum(sampler.compiles.after_warmup for sampler in samplers.values())

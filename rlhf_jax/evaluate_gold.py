@@ -12,8 +12,7 @@ to evaluation.jsonl; a table is printed.
 """
 
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import Float
@@ -21,49 +20,11 @@ from ml_collections import ConfigDict
 
 from rlhf_jax import build, program, run_folder
 from rlhf_jax.evaluate import conclude
-from rlhf_jax.judge import Judge, check_judge, make_judge
+from rlhf_jax.judge import Found, check_judge, judged, make_judge
 from rlhf_jax.label_samples import write_lines
-from rlhf_jax.mesh import fetch_host
 from rlhf_jax.ops.reward_metrics import mean_interval
 from rlhf_jax.policy_sampler import PolicySampler, check_problems, of_policy
 from rlhf_jax.training.keys import Purpose
-
-
-class Found(NamedTuple):
-    """What one policy did: lines of evaluation.jsonl, and numbers by prompt and sample."""
-
-    rows: list[dict[str, Any]]
-    gold: Float[np.ndarray, "M K"]
-    length: Float[np.ndarray, "M K"]  # tokens
-    kl: Float[np.ndarray, "M K"] | None = None  # log policy - log reference of each, in nats
-
-
-def judged(
-    stage: str, sampler: PolicySampler, reference: PolicySampler | None, judge: Judge, problems: int
-) -> Found:
-    """Samples, scores and reads the completions of one policy; without reference there is no KL."""
-    rows, batches = [], []
-    for first, rollouts in sampler.batches(problems):
-        kept = problems - first
-        found = [judge(rollouts), fetch_host(rollouts.mask.sum(-1)).astype(np.float32)]
-        if reference is not None:
-            found.append(sampler.log_ratio(reference, rollouts))
-        k = rollouts.group_size
-        batches.append([x.reshape(-1, k)[:kept] for x in found])
-        for group, scores in zip(sampler.decode(rollouts), batches[-1][0], strict=False):
-            rows += list(_lines(stage, group, scores))
-    return Found(rows, *(np.concatenate(parts) for parts in zip(*batches, strict=True)))
-
-
-def _lines(stage: str, group, scores) -> Iterator[dict[str, Any]]:
-    for sample, score in zip(group, scores.tolist(), strict=True):
-        yield {
-            "stage": stage,
-            "prompt": sample.prompt,
-            "completion": sample.completion,
-            "truncated": not sample.ended,
-            "gold": score,
-        }
 
 
 def numbers_of(found: Mapping[str, Found], reference: str) -> dict[str, float]:

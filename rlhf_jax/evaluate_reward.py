@@ -32,13 +32,15 @@ from ml_collections import ConfigDict
 from rlhf_jax import build, model_folder, program, reward_numbers, run_folder
 from rlhf_jax.compile_watch import CompileWatch
 from rlhf_jax.data.examples import Row
+from rlhf_jax.data.plain_forms import NO_ERROR
 from rlhf_jax.data.process_sets import find_form
 from rlhf_jax.label_samples import write_lines
 from rlhf_jax.mesh import batch_shards
 from rlhf_jax.model_folder import ModelFolder
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.ops.process_metrics import best_threshold, first_wrong
-from rlhf_jax.ops.step_labels import aggregate, check_how
+from rlhf_jax.models.passes import longest_row
+from rlhf_jax.ops.process_metrics import aggregate_logit, best_threshold, first_wrong
+from rlhf_jax.ops.step_labels import check_how
 from rlhf_jax.reward_numbers import Findings
 from rlhf_jax.reward_page import page
 from rlhf_jax.reward_set_rows import RewardSet, read_set, step_lines
@@ -157,6 +159,15 @@ def open_sets(config: ConfigDict, opened: ModelFolder) -> dict[str, RewardSet]:
             f"data.max_length={config.data.max_length}, but the model has "
             f"{opened.config.max_positions} learned positions"
         )
+    label = config.reward.get("threshold_from", "")
+    if label:
+        firsts = {entry.item.first_wrong == NO_ERROR for entry in sets[label].entries}
+        if len(firsts) < 2:
+            which = "right" if firsts == {True} else "wrong"
+            raise ValueError(
+                f"reward.threshold_from={label!r}: all of its solutions are {which}, which gives "
+                "no threshold; name a set that has both"
+            )
     for one in sets.values():
         left_out = {name: n for name, n in one.counts.items() if n and name != "records"}
         _log.info("%s: %d records, %s", one.label, one.counts["records"], left_out)
@@ -168,18 +179,22 @@ def score_rows(
     read: Callable[[list[Line], int], list[Said]],
     batch: int,
     watch: CompileWatch,
+    *,
+    widest: float | int = math.inf,
 ) -> list[Said]:
     """What a model says of rows, in their order; equal rows are scored once.
 
     Args:
         read: gets `batch` lines of one padded width.
+        widest: to how many tokens rows are padded at most.
         watch: counts what is compiled once each width is warm.
     """
     keys = [(row.prompt, *row.tokens) for row in rows]
     unique = dict(zip(keys, rows, strict=True))
     by_width: dict[int, list[tuple]] = {}
     for key, row in unique.items():
-        by_width.setdefault(padded(len(row.tokens)), []).append(key)
+        width = int(min(padded(len(row.tokens)), widest))
+        by_width.setdefault(width, []).append(key)
     said: dict[tuple, Said] = {}
     for width, members in sorted(by_width.items(), reverse=True):  # too little memory shows at once
         parts = [members[i : i + batch] for i in range(0, len(members), batch)]
@@ -216,13 +231,16 @@ def read_scores(found: RewardSet, said: Sequence[Said], heads: Heads, how: str) 
         if heads.score:
             scores.append(np.array([one[heads.score] for one in own], np.float64))
         elif not solutions:
-            scores.append(np.array([_whole(one[heads.step_scores], how) for one in own]))
-    for entry, numbers in zip(entries, scores or steps, strict=True):
-        if not np.isfinite(numbers).all():
-            raise ValueError(
-                f"reward_sets.{found.label}, record {entry.record}: a score of the model is not "
-                "finite"
+            scores.append(
+                np.array([aggregate_logit(one[heads.step_scores], how=how) for one in own])
             )
+    for kind in filter(None, (scores, steps)):
+        for entry, numbers in zip(entries, kind, strict=True):
+            if not np.isfinite(numbers).all():
+                raise ValueError(
+                    f"reward_sets.{found.label}, record {entry.record}: a score of the model is "
+                    "not finite"
+                )
     if not entries:
         raise ValueError(
             f"reward_sets.{found.label}: the tokens of no solution mark the steps that the set "
@@ -233,17 +251,6 @@ def read_scores(found: RewardSet, said: Sequence[Said], heads: Heads, how: str) 
         counts=found.counts | {"unreadable_steps": unread, "used": len(entries)},
     )
     return Scored(kept, scores or None, lengths, steps or None)
-
-
-def _whole(steps: Sequence[float], how: str) -> float:
-    """One logit from those of a text's steps; the most and the least that float32 tells apart."""
-    logits = np.asarray(steps or [0.0], np.float32)
-    value = float(aggregate(logits, np.ones(len(logits), bool), how=how))
-    return value if how == "sum" else _logit(min(max(value, 1e-37), 1 - 2.0**-24))
-
-
-def _logit(p: float) -> float:
-    return math.log(p) - math.log1p(-p)
 
 
 def measure(one: Scored, *, threshold: float, resamples: int, seed: int) -> Findings:
@@ -274,7 +281,8 @@ def choose_threshold(config: ConfigDict, scored: Mapping[str, Scored]) -> float:
     """The logit that steps must be above: of ``reward.threshold``, or the best of one set."""
     label = config.reward.get("threshold_from", "")
     if not label or scored[label].steps is None:
-        return _logit(config.reward.get("threshold", 0.5))
+        p = config.reward.get("threshold", 0.5)
+        return math.log(p) - math.log1p(-p)
     with within(f"reward.threshold_from={label!r}"):
         wanted = np.array([entry.item.first_wrong for entry in scored[label].found.entries])
         return best_threshold(scored[label].steps, wanted)[0]
@@ -322,16 +330,17 @@ def evaluate_reward(config: ConfigDict, workdir: str) -> dict[str, float | int]:
         for label, one in sets.items():
             rows = [row for entry in one.entries for row in entry.rows]
             batch = batch_rows(config.data.rows, len(rows), batch_shards(mesh, rules))
-            scored[label] = read_scores(one, score_rows(rows, read, batch, watch), heads, how)
+            said = score_rows(rows, read, batch, watch, widest=longest_row(opened.config))
+            scored[label] = read_scores(one, said, heads, how)
             _log.info("%s: scored %d texts", label, len(rows))
     threshold = choose_threshold(config, scored)
-    drawn = dict(resamples=config.get("resamples", 300), seed=config.seed)
-    findings = {label: measure(one, threshold=threshold, **drawn) for label, one in scored.items()}
-    numbers = reward_numbers.flat(findings) | {"compiles_after_warmup": watch.after_warmup}
     write_lines(
         folder / "scores.jsonl",
         (line for one in scored.values() for line in lines_of(one, threshold)),
     )
+    drawn = dict(resamples=config.get("resamples", 300), seed=config.seed)
+    findings = {label: measure(one, threshold=threshold, **drawn) for label, one in scored.items()}
+    numbers = reward_numbers.flat(findings) | {"compiles_after_warmup": watch.after_warmup}
     if jax.process_index() == 0:
         report = _report(config, opened, heads, threshold, scored, findings)
         write_json(folder / "report.json", report)

@@ -5,8 +5,8 @@ by in training need not be what judges here: this is where a known truth ("gold"
 """
 
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,6 +22,15 @@ from rlhf_jax.types import Rollouts, Scores
 
 Judge = Callable[[Rollouts], Float[np.ndarray, " B"]]
 _RESOURCES = ("decode", "records", "rows")  # what a factory gets if it names it
+
+
+class Found(NamedTuple):
+    """What one policy did: lines of evaluation.jsonl, and numbers by prompt and sample."""
+
+    rows: list[dict[str, Any]]
+    gold: Float[np.ndarray, "M K"]
+    length: Float[np.ndarray, "M K"]  # tokens
+    kl: Float[np.ndarray, "M K"] | None = None  # log policy - log reference of each, in nats
 
 
 def check_judge(path: str, section: ConfigDict) -> Callable:
@@ -70,6 +79,34 @@ def make_judge(path: str, section: ConfigDict, sampler: PolicySampler) -> Judge:
 def total(scores: Scores, rollouts: Rollouts) -> Float[np.ndarray, " B"]:
     """One number for each completion, on the host: outcome plus the sum of process scores."""
     return fetch_host(scores.outcome + masked_sum(scores.process, rollouts.mask, axis=-1))
+
+
+def judged(
+    stage: str, sampler: PolicySampler, reference: PolicySampler | None, judge: Judge, problems: int
+) -> Found:
+    """Samples, scores and reads the completions of one policy; without reference there is no KL."""
+    rows, batches = [], []
+    for first, rollouts in sampler.batches(problems):
+        kept = problems - first
+        found = [judge(rollouts), fetch_host(rollouts.mask.sum(-1)).astype(np.float32)]
+        if reference is not None:
+            found.append(sampler.log_ratio(reference, rollouts))
+        k = rollouts.group_size
+        batches.append([x.reshape(-1, k)[:kept] for x in found])
+        for group, scores in zip(sampler.decode(rollouts), batches[-1][0], strict=False):
+            rows += list(_lines(stage, group, scores))
+    return Found(rows, *(np.concatenate(parts) for parts in zip(*batches, strict=True)))
+
+
+def _lines(stage: str, group, scores) -> Iterator[dict[str, Any]]:
+    for sample, score in zip(group, scores.tolist(), strict=True):
+        yield {
+            "stage": stage,
+            "prompt": sample.prompt,
+            "completion": sample.completion,
+            "truncated": not sample.ended,
+            "gold": score,
+        }
 
 
 def _values(section: ConfigDict) -> dict[str, Any]:

@@ -24,6 +24,7 @@ killed goes on with the last whole part of its work, and ends with the same labe
 import collections
 import itertools
 import logging
+import math
 import pathlib
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -97,6 +98,8 @@ def check_config(config: ConfigDict) -> None:
             f"rollout.sampling.temperature=0 draws the same {most} times; set it above 0, or "
             "rollout.samples and label.draws to 1"
         )
+    if not math.isfinite(label.get("threshold", _THRESHOLD)):
+        raise ValueError(f"label.threshold={label.threshold}; wanted a finite number")
     check_judge("label.reward", _reward(config))
 
 

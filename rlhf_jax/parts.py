@@ -55,14 +55,22 @@ def through_parts(
     """
     ready = 0
     while run_folder.agreed(_path(parts, kind, ready).is_file()):
-        text = read_shared(_path(parts, kind, ready))
-        yield False, [json.loads(line) for line in text.splitlines()]
+        yield False, _read(_path(parts, kind, ready))
         ready += 1
     for number, lines in enumerate(work(ready), ready):
         if jax.process_index() == 0:
             written = (json.dumps(line, sort_keys=True) + "\n" for line in lines)
             write_parts(_path(parts, kind, number), written)
         yield True, lines
+
+
+def _read(path: pathlib.Path) -> Lines:
+    try:
+        return [json.loads(line) for line in read_shared(path).splitlines()]
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} is broken ({error}); delete it and the parts behind it to do their work again"
+        ) from error
 
 
 def _path(parts: pathlib.Path, kind: str, number: int) -> pathlib.Path:

@@ -208,6 +208,10 @@ class PolicySampler:
             self._params = roles.fill(self._model, loaded, key, self._mesh, rules)
         return self._params
 
+    def release(self) -> None:
+        """Gives the parameters' memory back; they are read again when they are needed."""
+        self._params = None
+
     def record(self, source: int, index: int) -> Mapping[str, Any]:
         """The record that ``Prompts.source`` and ``Prompts.record`` name."""
         return self.prompts.record(source, index)

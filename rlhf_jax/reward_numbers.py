@@ -4,6 +4,7 @@ Pure functions on the host, one for each kind of set. A number that cannot be ha
 class, say) is NaN and is written as null.
 """
 
+import itertools
 import math
 import types
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,9 +32,10 @@ from rlhf_jax.ops.reward_metrics import (
     best_tie_threshold,
     bootstrap_interval,
     clustered_interval,
-    mean_interval,
+    cohen_kappa,
     pair_shares,
     prompt_aucs,
+    prompt_interval,
     tie_accuracy,
 )
 
@@ -105,6 +107,7 @@ def pair_findings(
     numbers |= _calibrated(*pair_claims(better, worse), groups[~tie], least=0.5)
     if tie.any():
         numbers |= _tied(scores, tie)
+    numbers |= _agreed([item.votes for item in items])
     numbers |= _ranked(items, scores, resamples=resamples, seed=seed)
 
     def of(kept: list[int]) -> Estimate:
@@ -257,6 +260,15 @@ def _tied(scores, tie) -> dict[str, Estimate]:
     }
 
 
+def _agreed(votes) -> dict[str, Estimate]:
+    """How far annotators agree, ties included, as the mean over every two of them: what a reward
+    model could reach. Nothing where not all pairs have as many votes, two or more."""
+    if None in votes or len({len(cast) for cast in votes}) > 1 or len(votes[0]) < 2:
+        return {}
+    found = [cohen_kappa(*two) for two in itertools.combinations(np.array(votes).T, 2)]
+    return {"annotator_kappa": Estimate(sum(found) / len(found))}
+
+
 def _ranked(items, scores, *, resamples, seed) -> dict[str, Estimate]:
     """How the models that wrote the answers are ranked, where three or more are named."""
     named = [i for i, item in enumerate(items) if item.models is not None]
@@ -322,7 +334,7 @@ def _mean(values) -> Estimate:
     kept = values[np.isfinite(values)]
     if len(kept) < 2:
         return Estimate(float(kept.mean()) if len(kept) else math.nan)
-    return Estimate(*mean_interval(kept))
+    return Estimate(*prompt_interval(kept))
 
 
 def _bootstrapped(statistic, scores, labels, resamples, seed) -> Estimate:

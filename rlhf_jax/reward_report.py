@@ -1,5 +1,6 @@
 """What a trained reward model is worth on held-out pairs, correctness and step labels."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
@@ -16,23 +17,24 @@ from rlhf_jax.ops.reward_metrics import (
     auc,
     balanced_accuracy,
     bootstrap_interval,
-    pair_accuracy,
+    clustered_interval,
     pair_correct,
-    wilson_interval,
 )
 from rlhf_jax.training.supervised import last_scores
 from rlhf_jax.types import Labelled, Pairs, Steps, Texts
 
+_log = logging.getLogger(__name__)
 Score = Callable[[Texts, str], np.ndarray]
 
 
 def report(config: ConfigDict, watch: CompileWatch) -> dict[str, float]:
     """Accuracy of the reward model of ``config.reward.init_from`` on ``config.reward.sources``.
 
-    A source of kind pairs gives outcome_model/pair_accuracy and the accuracy of "the longer
-    wins"; steps give process_model/step_auc, /balanced_accuracy and the majority rate;
-    correctness gives outcome_model/correctness_auc. Intervals are 95 %, over pairs (Wilson) or
-    texts (bootstrap); pairs and texts of one prompt count as independent.
+    A source of kind pairs gives outcome_model/pair_accuracy (undecided labels left out) and the
+    accuracy of "the longer wins"; steps give process_model/step_auc, /balanced_accuracy and the
+    majority rate; correctness gives outcome_model/correctness_auc. Where two sources are of one
+    kind, the names of both begin with the source's. Intervals are 95 %, over prompts: Wilson's for
+    accuracies, else by a bootstrap.
 
     Args:
         watch: counts what is compiled once the batches of a source are warm.
@@ -55,30 +57,55 @@ def report(config: ConfigDict, watch: CompileWatch) -> dict[str, float]:
             def score(texts: Texts, head: str) -> jax.Array:
                 return forward(params, texts)[head]
 
-            numbers |= KINDS[section.kind](batches, score, heads)
+            own = dict.fromkeys(heads, section.head) if "head" in section else {}
+            found = KINDS[section.kind](batches, score, heads | own)
+            shared = sum(one.kind == section.kind for one in config.reward.sources.values()) > 1
+            numbers |= {f"{label}/{name}" if shared else name: x for name, x in found.items()}
     return numbers
 
 
-def _batches(source, rows: int, mesh, rules) -> Iterator:
-    """Every whole batch of the source, once."""
-    for first in range(0, len(source) - rows + 1, rows):
-        yield build.fetch(mesh, rules, source, first, rows)
+def _batches(source, rows: int, mesh, rules) -> Iterator[tuple[Pairs | Labelled | Steps, int]]:
+    """Every record of the source, once: batches, and how many rows of each count."""
+    for first in range(0, len(source), rows):
+        kept = min(rows, len(source) - first)  # behind them the next epoch begins
+        yield build.fetch(mesh, rules, source, first, rows), kept
 
 
-def _pairs(batches: Iterator[Pairs], score, heads: Mapping[str, str]) -> dict[str, float]:
-    chosen, rejected, lengths = [], [], []
-    for batch in batches:
-        for texts, found in ((batch.chosen, chosen), (batch.rejected, rejected)):
+def _host(kept: int, arrays):
+    """The rows that count, on the host."""
+    return jax.tree.map(lambda x: x[:kept], fetch_host(arrays))
+
+
+def _prompts(kept: int, texts: Texts) -> list[bytes]:
+    """What stands before each text's completion: the same for texts of one prompt."""
+    tokens, asks = _host(kept, (texts.tokens, texts.mask & ~texts.loss_mask))
+    return [row[place].tobytes() for row, place in zip(tokens, asks, strict=True)]
+
+
+def _pairs(batches: Iterator[tuple[Pairs, int]], score, heads: Mapping[str, str]):
+    sides: dict[str, list] = {"chosen": [], "rejected": []}
+    labels, lengths, prompts = [], [], []
+    for batch, kept in batches:
+        halves = {"chosen": batch.chosen, "rejected": batch.rejected}
+        for name, texts in halves.items():
             scores = last_scores(score(texts, heads["outcome_head"]), texts)
-            found.append(fetch_host(scores))
-        lengths.append(fetch_host((batch.chosen.mask.sum(-1), batch.rejected.mask.sum(-1))))
-    better, worse = np.concatenate(chosen), np.concatenate(rejected)
-    longer = [np.concatenate(side) for side in zip(*lengths, strict=True)]
-    right = float(np.sum(pair_correct(better, worse)))
-    low, high = wilson_interval(right, len(better))
-    longest = pair_accuracy(longer[0].astype(np.float32), longer[1].astype(np.float32))
+            sides[name].append(_host(kept, scores))
+        lengths.append(_host(kept, [texts.mask.sum(-1) for texts in halves.values()]))
+        labels.append(_host(kept, batch.label))
+        prompts += _prompts(kept, batch.chosen)
+    label = np.concatenate(labels)
+    decided = label != 0.5
+    size = [np.concatenate(side).astype(np.float32) for side in zip(*lengths, strict=True)]
+
+    def agrees(chosen, rejected):
+        right = np.asarray(pair_correct(chosen, rejected))
+        return np.where(label > 0.5, right, 1 - right)[decided]
+
+    right = agrees(*(np.concatenate(found) for found in sides.values()))
+    longest = float(agrees(*size).mean())
+    low, high = clustered_interval(right, np.array(prompts, object)[decided])
     return {
-        "outcome_model/pair_accuracy": right / len(better),
+        "outcome_model/pair_accuracy": float(right.mean()),
         "outcome_model/pair_accuracy_low": low,
         "outcome_model/pair_accuracy_high": high,
         "outcome_model/longer_wins": longest,
@@ -87,36 +114,49 @@ def _pairs(batches: Iterator[Pairs], score, heads: Mapping[str, str]) -> dict[st
     }
 
 
-def _correctness(batches: Iterator[Labelled], score, heads: Mapping[str, str]) -> dict[str, float]:
-    scores, labels = [], []
-    for batch in batches:
+def _correctness(batches: Iterator[tuple[Labelled, int]], score, heads: Mapping[str, str]):
+    scores, labels, prompts = [], [], []
+    for batch, kept in batches:
         found = last_scores(score(batch.texts, heads["outcome_head"]), batch.texts)
         for value, into in ((found, scores), (batch.label, labels)):
-            into.append(fetch_host(value))
+            into.append(_host(kept, value))
+        prompts += _prompts(kept, batch.texts)
     by_text = [np.concatenate(many)[:, None] for many in (scores, labels)]
-    return _with_interval("outcome_model/correctness_auc", auc, *by_text)
+    return _with_interval("outcome_model/correctness_auc", auc, *by_text, prompts)
 
 
-def _steps(batches: Iterator[Steps], score, heads: Mapping[str, str]) -> dict[str, float]:
-    scores, labels = [], []
-    for batch in batches:
-        found = score(batch.texts, heads["process_head"])
-        found, wanted, ends = fetch_host((found, batch.labels, batch.step_ends & batch.texts.mask))
-        for row, kept in enumerate(ends):
-            scores.append(found[row, kept])
-            labels.append(wanted[row, kept])
+def _steps(batches: Iterator[tuple[Steps, int]], score, heads: Mapping[str, str]):
+    scores, labels, prompts = [], [], []
+    for batch, kept in batches:
+        said = score(batch.texts, heads["process_head"])
+        ends = batch.step_ends & batch.texts.mask
+        found, wanted, marked = _host(kept, (said, batch.labels, ends))
+        for row, places in enumerate(marked):
+            scores.append(found[row, places])
+            labels.append(wanted[row, places])
+        prompts += _prompts(kept, batch.texts)
     share = float(np.mean(np.concatenate(labels) > 0.5))
+    name = "process_model/balanced_accuracy"
     return {
-        **_with_interval("process_model/step_auc", auc, scores, labels),
-        **_with_interval("process_model/balanced_accuracy", balanced_accuracy, scores, labels),
+        **_with_interval("process_model/step_auc", auc, scores, labels, prompts),
+        **_with_interval(name, balanced_accuracy, scores, labels, prompts),
         "process_model/majority_rate": max(share, 1 - share),
     }
 
 
-def _with_interval(name: str, statistic, scores, labels) -> dict[str, float]:
+def _with_interval(name: str, statistic, scores, labels, prompts) -> dict[str, float]:
     """A statistic of scores and labels, an array for each text, and its 95 % interval."""
-    low, high = bootstrap_interval(statistic, scores, labels)
-    value = statistic(np.concatenate(scores), np.concatenate(labels))
+    together = {}
+    for place, prompt in enumerate(prompts):
+        together.setdefault(prompt, []).append(place)
+    grouped = [
+        [np.concatenate([many[i] for i in places]) for places in together.values()]
+        for many in (scores, labels)
+    ]
+    low, high = bootstrap_interval(statistic, *grouped)
+    value = statistic(*map(np.concatenate, grouped))
+    if np.isnan(value):
+        _log.warning("%s cannot be said: all labels are of one class", name)
     return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 

@@ -10,7 +10,14 @@ from ml_collections import ConfigDict
 
 from rlhf_jax.data.examples import Row
 from rlhf_jax.data.forms import Form
-from rlhf_jax.data.plain_forms import NO_ERROR, Pair, Prompt, Samples, Solution
+from rlhf_jax.data.plain_forms import (
+    NO_ERROR,
+    Pair,
+    Prompt,
+    Samples,
+    Solution,
+    check_item,
+)
 from rlhf_jax.data.process_sets import find_form
 from rlhf_jax.data.record_files import open_records
 from rlhf_jax.data.reward_sets import joined
@@ -88,11 +95,15 @@ def read_set(label: str, section: ConfigDict, data: ConfigDict, text: Tokenizer)
 def _items(source: RecordSource, read, limit: int, counts) -> list[tuple[int, Any]]:
     """The items of the records with the records' numbers; a limit spreads over all of them."""
     total = len(source)
+    if limit < 0:
+        raise ValueError(f"limit={limit}; wanted a number of records, or 0 for all")
     kept = np.unique(np.linspace(0, total - 1, limit).astype(int)) if limit else range(total)
     items = []
     for record in map(int, kept):
         with within(place(source, record)):
             found = read(source[record])
+            for item in found:
+                check_item(item)
         counts["records"] += 1
         counts["unlabelled"] += not found
         items += [(record, item) for item in found]
@@ -109,6 +120,12 @@ def _sampled(items: list[tuple[int, Samples]], pass_rates: Sequence[float], coun
     else:
         first = {repr(item.prompt): record for record, item in reversed(items)}
         numbered = [(first[repr(item.prompt)], item) for item in found]
+    for item in found:
+        right, wrong = (
+            {text for text, bit in zip(item.completions, item.correct, strict=True) if bit == told}
+            for told in (True, False)
+        )
+        counts["right_and_wrong"] += bool(right & wrong)  # one text, told both ways
     low, high = pass_rates
     correct = [np.asarray(item.correct) for item in found]
     kept = within_pass_rates(correct, low=low, high=high)

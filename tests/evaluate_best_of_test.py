@@ -10,8 +10,10 @@ from ml_collections import ConfigDict
 from configs.best_of_n import get_config
 from rlhf_jax import sections
 from rlhf_jax.evaluate import evaluate
+from rlhf_jax.evaluate_best_of import Drawn, curves
 from rlhf_jax.mesh import make_mesh
 from rlhf_jax.models.config import named_size
+from rlhf_jax.rewards.exact_match import parse_answer
 from rlhf_jax.score import score
 from tests.model_folders import read, run_of, write
 
@@ -22,6 +24,7 @@ POLICY = named_size("tiny", layers=1, vocab_size=len(ALPHABET) + 2)
 REWARD = dataclasses.replace(POLICY, lm_head=False, score_heads=("outcome", "process"))
 GOLD = dict(name="keywords", words=("a", "b"), limit=2)
 SIZES = (1, 2, 4, 8)
+MARKER = "#"
 
 
 def folders(folder):
@@ -42,7 +45,7 @@ def config_of(folder, **changes):
     config.rollout.update(prompts=4, samples=8, max_tokens=8)
     config.policies = dict(one=dict(init_from=str(folder / "policy")))
     config.problems, config.gold = 4, GOLD
-    config.best_of = dict(sizes=SIZES, marker="#", draws=20)
+    config.best_of = dict(sizes=SIZES, marker=MARKER, draws=20)
     config.best_of.weights = dict(outcome="sigmoid")
     for section in config.rewards.values():
         if "init_from" in section:
@@ -88,11 +91,43 @@ def test_choosing_by_the_truth_is_the_oracle_and_one_sample_is_no_choice(found):
 
 
 def test_votes_count_numbers_behind_the_marker(found):
-    numbers, _ = found
-    for k in SIZES:
-        for name in (f"majority_{k}", f"weighted_{k}/outcome"):
-            low, high = numbers[f"one/{name}_low"], numbers[f"one/{name}_high"]
-            assert low <= numbers[f"one/{name}"] <= high
+    """Of all eight samples the vote is one count, made again here from evaluation.jsonl."""
+    numbers, folder = found
+    rows = read(folder / "out/evaluation.jsonl")
+    plain, weighted = [], []
+    for first in range(0, len(rows), 8):
+        group = rows[first : first + 8]
+        answers = [parse_answer(row["completion"], MARKER) for row in group]
+        votes: dict[str, list[float]] = {}
+        for answer, row in zip(answers, group, strict=True):
+            if answer is not None:
+                weight = 1 / (1 + np.exp(-row["scores"]["outcome"]))
+                votes.setdefault(answer, []).append(weight)
+        for found_by, into in ((len, plain), (sum, weighted)):
+            most = max(map(found_by, votes.values()), default=0.0)
+            ahead = [answer for answer in votes if found_by(votes[answer]) >= most - 1e-12]
+            worth = [
+                np.mean([row["gold"] for a, row in zip(answers, group, strict=True) if a == answer])
+                for answer in ahead
+            ]
+            into.append(np.mean(worth) if worth else 0.0)
+    assert numbers["one/majority_8"] == pytest.approx(np.mean(plain))
+    assert numbers["one/weighted_8/outcome"] == pytest.approx(np.mean(weighted))
+
+
+def test_a_weight_may_turn_a_vote():
+    found = Drawn(
+        rows=[],
+        gold=np.array([[1.0, 0.0, 0.0]]),
+        scores={"judge": np.array([[2.0, -1.0, -1.0]])},
+        answers=[["5", "6", "6"]],
+    )
+    best_of = dict(sizes=(3,), weights=dict(judge="sigmoid"))
+    made = curves(found, ConfigDict(dict(best_of=best_of, seed=0)))
+    assert made["majority"].tolist() == [[0.0]] and made["weighted/judge"].tolist() == [[1.0]]
+    assert made["best_of/judge"].tolist() == made["oracle"].tolist() == [[1.0]]
+    with pytest.raises(ValueError, match=r"best_of.weights.judge='score': a vote cannot weigh -1"):
+        curves(found, ConfigDict(dict(best_of=best_of | dict(weights=dict(judge="score")), seed=0)))
 
 
 def test_scores_are_those_of_the_score_program(found, tmp_path):

@@ -8,12 +8,16 @@ from rlhf_jax.pipeline import check, place
 
 
 def test_accuracies_are_named_by_stage_and_mode():
-    rows = [dict(stage="sft", mode="sample", correct=c) for c in (True, True, False, False)]
-    rows += [dict(stage="sft", mode="greedy", correct=True)]
+    given = list(enumerate((True, True, False, False)))
+    rows = [dict(stage="sft", mode="sample", correct=c, prompt=f"{i}") for i, c in given]
+    rows += [dict(stage="sft", mode="greedy", correct=True, prompt="0")]
     numbers = accuracies(rows)
     assert numbers["sft/accuracy"] == 0.5
     assert numbers["sft/accuracy_low"] < 0.5 < numbers["sft/accuracy_high"]
     assert numbers["sft/greedy_accuracy"] == numbers["sft/greedy_accuracy_high"] == 1.0
+    # Samples of one prompt that are all alike say no more than one of them.
+    again = accuracies([row for row in rows for _ in range(8)])
+    assert again["sft/accuracy_low"] == pytest.approx(numbers["sft/accuracy_low"])
 
 
 def test_the_workdir_is_put_in_place_everywhere():

@@ -5,7 +5,7 @@ https://arxiv.org/abs/2310.03716, section 4: balanced lengths, random augmentati
 data cartography. Pure functions of host arrays and records, and of a seed where they draw.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -110,7 +110,8 @@ class Augmented:
             return self._records[index]
         own, other = (self._records[i] for i in self._extra[index - len(self._records)])
         made = {name: value for name, value in own.items() if name not in _JUDGED}
-        made[first_field(own, self._fields[1])] = other[first_field(other, self._fields[0])]
+        reply = other[first_field(other, self._fields[0])]
+        made[first_field(own, self._fields[1])] = _answer(reply)
         made["rejected_truncated"] = other.get("chosen_truncated", False)
         return {**made, "confidence": 1.0}
 
@@ -137,3 +138,12 @@ class Augmented:
             return self._question(self._records[index])
         except ValueError as error:
             raise ValueError(f"{place(self._records, index)}: {error}") from error
+
+
+def _answer(reply: Any) -> Any:
+    """A reply without its prompt: of messages those that the assistant says last."""
+    if not isinstance(reply, list | tuple):
+        return reply
+    roles = [one.get("role") if isinstance(one, Mapping) else None for one in reply]
+    said = next((i for i, role in enumerate(reversed(roles)) if role != "assistant"), len(roles))
+    return list(reply[len(reply) - said :]) if said else reply

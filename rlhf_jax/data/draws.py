@@ -26,6 +26,13 @@ Select = Callable[[Iterator[Any]], Sequence[int]]
 _log = logging.getLogger(__name__)
 
 
+class Flaw(NamedTuple):
+    """What is wrong with an encoded record. `useless`: nothing can be learnt from it."""
+
+    what: str  # as a message says it, of several records
+    useless: bool
+
+
 class Drawn(NamedTuple):
     """One drawn record."""
 
@@ -53,6 +60,8 @@ class Draws:
         seed: decides the order; 0 or more.
         shuffle: False draws in the order of the sources.
         select: which of the records that fit are drawn; None draws all.
+        flaw: encoded -> what is wrong with it, or None. Flaws are counted in `num_flaws` and
+            reported once per kind; useless records are left out.
 
     Raises:
         ValueError: a record cannot be encoded (names source and record), is overlong under
@@ -71,6 +80,7 @@ class Draws:
         seed: int,
         shuffle: bool,
         select: Select | None = None,
+        flaw: Callable[[Any], Flaw | None] | None = None,
     ):
         if overlong not in OVERLONG:
             raise ValueError(f"overlong={overlong!r} is not one of {', '.join(OVERLONG)}")
@@ -79,6 +89,9 @@ class Draws:
         self._encoded = functools.lru_cache(maxsize=_KEPT)(self._read)
         self._offsets = np.cumsum([0, *(len(source) for source in self.sources)]).tolist()
         self._kept, self.num_overlong = self._scan(length, limit, limit_name, overlong)
+        self.num_flaws: dict[str, int] = {}
+        if flaw is not None:
+            self._kept = self._without_flaws(flaw)
         if select is not None:
             self._kept = self._selected(select)
         self._shuffle, self._order = shuffle, self._drawn_by(seed, shuffle)
@@ -136,6 +149,24 @@ class Draws:
         """Where a record stands, for messages: file and line where the source is a file."""
         found = place(self.sources[source], record)
         return f"source {source}, {found}" if found == f"record {record}" else found
+
+    def _without_flaws(self, flaw: Callable[[Any], Flaw | None]) -> list[tuple[int, int]]:
+        kept, first = [], {}
+        for at in self._kept:
+            found = flaw(self._encoded(*at))
+            if found is not None:
+                self.num_flaws[found.what] = self.num_flaws.get(found.what, 0) + 1
+                first.setdefault(found, self.place(*at))
+            if found is None or not found.useless:
+                kept.append(at)
+        for found, at in first.items():
+            done = "left out" if found.useless else "kept"
+            message = "%s: %d of %d records that fit (%s): %s, the first"
+            _log.warning(message, found.what, self.num_flaws[found.what], len(self._kept), done, at)
+        if not kept:
+            counts = ", ".join(f"{what}: {count}" for what, count in self.num_flaws.items())
+            raise ValueError(f"no records are left of {len(self._kept)} that fit; {counts}")
+        return kept
 
     def _scan(self, length, limit, limit_name, overlong) -> tuple[list[tuple[int, int]], int]:
         kept, count, first = [], 0, ""

@@ -1,12 +1,13 @@
 """Supervised rows: a prompt and a completion as one right-padded row, in batches of any kind."""
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_jax.data.draws import Drawn, Draws, Select
+from rlhf_jax.data.draws import Drawn, Draws, Flaw, Select
 from rlhf_jax.data.sources import Record, RecordSource
 from rlhf_jax.text.tokenizer import Tokenizer, encode_start
 from rlhf_jax.types import Labelled, Pairs, Steps, Texts
@@ -29,7 +30,7 @@ class ExampleSource:
     Made by `texts`, `pairs`, `correctness` and `step_labels`.
 
     Args:
-        sources, encode, length, seed, shuffle, overlong, select: see `Draws`.
+        sources, encode, length, seed, shuffle, overlong, select, flaw: see `Draws`.
         collate: drawn records -> one batch.
         max_length: S, in tokens.
     """
@@ -46,6 +47,7 @@ class ExampleSource:
         shuffle: bool,
         overlong: str,
         select: Select | None = None,
+        flaw: Callable[[Any], Flaw | None] | None = None,
     ):
         self._collate = collate
         self._draws = Draws(
@@ -58,6 +60,7 @@ class ExampleSource:
             seed=seed,
             shuffle=shuffle,
             select=select,
+            flaw=flaw,
         )
 
     def __len__(self) -> int:
@@ -68,6 +71,11 @@ class ExampleSource:
     def num_overlong(self) -> int:
         """How many records were longer than `max_length`."""
         return self._draws.num_overlong
+
+    @property
+    def num_flaws(self) -> dict[str, int]:
+        """How many of the records that fit have each flaw."""
+        return self._draws.num_flaws
 
     @property
     def total(self) -> int:
@@ -141,6 +149,31 @@ def encode_row(
     start = encode_start(tokenizer, prompt)
     end = [] if truncated else [tokenizer.eos_ids[0]]
     return Row([*start, *tokenizer.encode(completion), *end], len(start))
+
+
+def number(record: Record, name: str, default: float) -> float:
+    """The finite number, 0 or more, under ``name``; `default` where the record has no such field.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    value = record.get(name, default)
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    if not plain or not math.isfinite(value) or value < 0:
+        raise ValueError(f"field {name!r} holds {value!r}, not a finite number of 0 or more")
+    return float(value)
+
+
+def wordless(row: Row, max_length: int, eos_ids: Sequence[int]) -> Flaw | None:
+    """What is wrong with a row whose completion says nothing within `max_length` tokens.
+
+    With nothing but end-of-text behind the prompt it is an answer all the same. Without even
+    that (it was cut off, or the prompt fills the row) there is no token to judge.
+    """
+    said = row.tokens[row.prompt : max_length]
+    if not said:
+        return Flaw("no token of a completion within max_length", useless=True)
+    return Flaw("empty completions", useless=False) if set(said) <= set(eos_ids) else None
 
 
 def flag(record: Record, name: str) -> bool:

@@ -31,6 +31,11 @@ class MemberSource:
         return len(self._orders[0])
 
     @property
+    def source(self) -> ExampleSource:
+        """What all draw from."""
+        return self._orders[0]
+
+    @property
     def total(self) -> int:
         """Records of all sources, drawn or not."""
         return self._orders[0].total

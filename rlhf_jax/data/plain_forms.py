@@ -16,7 +16,7 @@ class Pair(NamedTuple):
     """Two answers to a prompt, the better one first; with a tie the order says nothing.
 
     `categories` are by kind, such as ``{"domain": "chat", "level": "hard"}``; `models` are the two
-    that wrote the answers.
+    that wrote the answers; `votes` are what each annotator said, in the set's own numbers.
     """
 
     prompt: Prompt
@@ -25,6 +25,7 @@ class Pair(NamedTuple):
     categories: Mapping[str, str] = {}
     tie: bool = False
     models: tuple[str, str] | None = None
+    votes: tuple[int, ...] | None = None
 
 
 class Samples(NamedTuple):
@@ -50,10 +51,22 @@ class Solution(NamedTuple):
     categories: Mapping[str, str] = {}
 
 
+def check_item(item: Pair | Samples | Solution) -> None:
+    """Raises a ValueError unless the names in an item, of categories and models, are texts."""
+    for kind, name in item.categories.items():
+        if not isinstance(name, str):
+            raise ValueError(f"category {kind} is {name!r}; wanted text")
+    for name in (item.models or ()) if isinstance(item, Pair) else ():
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"models are {item.models!r}; wanted two names")
+
+
 def read_prompt(record: Record, name: str) -> Prompt:
     """The text or the messages under a field."""
     value = record.get(name)
-    return value if isinstance(value, str) and value else read_messages(value, name)
+    if value == "" or value == []:
+        raise ValueError(f"field {name!r} is empty; wanted a prompt: text or messages")
+    return value if isinstance(value, str) else read_messages(value, name)
 
 
 def read_conversation(record: Record, name: str) -> tuple[list[Message], str]:
@@ -85,8 +98,10 @@ def category(record: Record) -> dict[str, str]:
 def read_list(record: Record, name: str) -> list[Any]:
     """The list under a field, which has at least one entry."""
     first_field(record, (name,))
-    if not isinstance(record[name], list) or not record[name]:
+    if not isinstance(record[name], list):
         raise ValueError(f"field {name!r} holds {type(record[name]).__name__}; wanted a list")
+    if not record[name]:
+        raise ValueError(f"field {name!r} holds an empty list; wanted one entry or more")
     return record[name]
 
 
@@ -114,9 +129,10 @@ def names_second(record: Record, name: str, *, first: int) -> bool:
 
 
 def two(values: Any, name: str) -> tuple[str, str]:
-    """The two entries of a list that stands under a field."""
-    if not isinstance(values, list | tuple) or len(values) != 2:
-        raise ValueError(f"field {name!r} holds {values!r}; wanted two")
+    """The two texts of a list that stands under a field."""
+    listed = isinstance(values, list | tuple) and len(values) == 2
+    if not listed or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"field {name!r} holds {values!r}; wanted two texts")
     return values[0], values[1]
 
 

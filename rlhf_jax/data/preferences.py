@@ -1,19 +1,33 @@
 """Preferences and correctness labels for outcome reward models."""
 
 import functools
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from rlhf_jax.data.balance import Augmented, balanced_indices, confident_indices
-from rlhf_jax.data.draws import Drawn, Select
-from rlhf_jax.data.examples import ExampleSource, Row, first_field, flag, pad_rows, share
+from rlhf_jax.data.draws import Drawn, Flaw, Select
+from rlhf_jax.data.examples import (
+    ExampleSource,
+    Row,
+    first_field,
+    flag,
+    number,
+    pad_rows,
+    share,
+    wordless,
+)
 from rlhf_jax.data.forms import Form
 from rlhf_jax.data.sources import Record, RecordSource
 from rlhf_jax.text.template import render
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import Labelled, Pairs
+
+VOTES = ("mean", "majority")
+
+_log = logging.getLogger(__name__)
 
 
 class _Pair(NamedTuple):
@@ -30,6 +44,22 @@ class _Judged(NamedTuple):
     label: float
 
 
+def label_from_votes(votes: Sequence[float | int | None], *, how: str = "mean") -> float | None:
+    """P(chosen is better) from what annotators said, each from 0 to 1; None: nobody voted.
+
+    The mean is a soft label: it keeps how much they disagree, and a Bradley-Terry fit to it has the
+    weights that single votes have. The majority is 1, 0, or ½ where as many are for either side; a
+    fit to it is surer than any annotator.
+    """
+    cast = [vote for vote in votes if vote is not None]
+    if not cast:
+        return None
+    if how == "mean":
+        return sum(cast) / len(cast)
+    balance = sum(vote > 0.5 for vote in cast) - sum(vote < 0.5 for vote in cast)
+    return 0.5 + 0.5 * ((balance > 0) - (balance < 0))
+
+
 def pairs(
     sources: Sequence[RecordSource],
     tokenizer: Tokenizer,
@@ -43,16 +73,21 @@ def pairs(
     chosen: tuple[str, ...] = ("chosen",),
     rejected: tuple[str, ...] = ("rejected",),
     annotators: int = 0,
+    votes: str = "mean",
     balance_lengths: bool = False,
     augment: float = 0.0,
     drop_unsure: float = 0.0,
 ) -> ExampleSource:
     """Batches of `Pairs`, each a prompt with a better and a worse completion.
 
-    A record may have ``label`` (P(chosen is better), else 1), ``margin`` (else 0) and ``votes``: a
-    list of one number from 0 to 1 per annotator, or None for no vote. ``chosen_truncated`` and
+    A record may have ``label`` (P(chosen is better)), ``margin`` (else 0) and ``votes``: a list of
+    one number from 0 to 1 per annotator (1: chosen is better), or None for no vote. Without a
+    ``label`` the votes make it; without either it is 1. ``chosen_truncated`` and
     ``rejected_truncated`` (true or false, else false) say that a completion was cut off and is not
     closed by end-of-text. ``Pairs.record`` is the record's index over all sources.
+
+    Pairs with two equal sides, and those with a side of which no token is left, are counted,
+    reported and left out; empty completions are counted and reported.
 
     Args:
         template, max_length, seed, shuffle, overlong: see `texts`; a pair is as long as its longer
@@ -62,6 +97,7 @@ def pairs(
             and the prompt is how both begin.
         chosen, rejected: the first of these fields that a record has.
         annotators: A, the number of columns of votes.
+        votes: how they make a label, "mean" or "majority"; see `label_from_votes`.
         balance_lengths: "the longer wins" is right as often as wrong among the pairs that are
             kept; see `balanced_indices`. Lengths are those of the halves in tokens.
         augment: pairs with the answer to another prompt as the rejected side, per pair of a source;
@@ -72,6 +108,8 @@ def pairs(
     for name, given in (("augment", augment), ("drop_unsure", drop_unsure)):
         if not 0 <= given < 1:
             raise ValueError(f"{name}={given}; wanted a share from 0 to below 1")
+    if votes not in VOTES:
+        raise ValueError(f"votes={votes!r}; known: {', '.join(VOTES)}")
     form = Form(tokenizer, template=template, chat=chat)
     if augment:
         asks = functools.partial(_question, template, chat)
@@ -80,7 +118,8 @@ def pairs(
 
     def encode(record: Record) -> _Pair:
         names = (first_field(record, chosen), first_field(record, rejected))
-        return _encoded(form, record, names, annotators, sure=drop_unsure > 0)
+        cast = _read_votes(record, annotators)
+        return _encoded(form, record, names, cast, how=votes, sure=drop_unsure > 0)
 
     def collate(drawn: Sequence[Drawn]) -> Pairs:
         found = [one.encoded for one in drawn]
@@ -103,25 +142,57 @@ def pairs(
         shuffle=shuffle,
         overlong=overlong,
         select=_selection(balance_lengths, drop_unsure, seed),
+        flaw=functools.partial(_pair_flaw, max_length, tokenizer.eos_ids),
     )
 
 
-def _encoded(form: Form, record: Record, names: tuple[str, str], annotators: int, sure: bool):
-    """One pair; `sure`: the record says how much its label is to be believed."""
+def _encoded(
+    form: Form,
+    record: Record,
+    names: tuple[str, str],
+    votes: list[float | int | None],
+    *,
+    how: str,
+    sure: bool,
+) -> _Pair:
+    """One pair; `how`: what makes a label of its votes; `sure`: the record says how much its label
+    is to be believed."""
     cut = (flag(record, "chosen_truncated"), flag(record, "rejected_truncated"))
     better, worse = form.halves(record, names, cut)
-    votes = record.get("votes", [])
-    if len(votes) > annotators:
-        raise ValueError(f"{len(votes)} votes but annotators={annotators}")
-    votes = [np.nan if vote is None else float(vote) for vote in votes]
+    voted = label_from_votes(votes, how=how)
+    label = share(record, ("label",)) if "label" in record else voted
     return _Pair(
         chosen=better,
         rejected=worse,
-        label=share(record, ("label",)) if "label" in record else 1.0,
-        margin=float(record.get("margin", 0.0)),
-        votes=votes + [np.nan] * (annotators - len(votes)),
+        label=1.0 if label is None else label,
+        margin=number(record, "margin", 0.0),
+        votes=[np.nan if vote is None else float(vote) for vote in votes],
         confidence=share(record, ("confidence",)) if sure else 1.0,
     )
+
+
+def _read_votes(record: Record, annotators: int) -> list[float | int | None]:
+    """A record's votes, one per annotator; None for no vote."""
+    given = record.get("votes", [])
+    listed = isinstance(given, list | tuple)
+    good = listed and all(
+        vote is None or (isinstance(vote, bool | int | float) and 0 <= vote <= 1) for vote in given
+    )
+    if not good:
+        raise ValueError(f"field 'votes' holds {given!r}, not numbers from 0 to 1 or null")
+    if len(given) > annotators:
+        raise ValueError(f"{len(given)} votes but annotators={annotators}")
+    return [*given, *[None] * (annotators - len(given))]
+
+
+def _pair_flaw(max_length: int, eos_ids: Sequence[int], pair: _Pair) -> Flaw | None:
+    """What is wrong with a pair; useless before harmless."""
+    cut = (pair.chosen.tokens[:max_length], pair.rejected.tokens[:max_length])
+    found = [wordless(half, max_length, eos_ids) for half in (pair.chosen, pair.rejected)]
+    worst = next((one for one in found if one is not None and one.useless), None)
+    if worst is None and cut[0] == cut[1]:
+        return Flaw("pairs with two equal sides", useless=True)
+    return worst or found[0] or found[1]
 
 
 def _selection(balance: bool, drop: float, seed: int) -> Select | None:
@@ -160,6 +231,9 @@ def correctness(
 ) -> ExampleSource:
     """Batches of `Labelled`: completions that are right or wrong, or right with a probability.
 
+    Completions of which no token is left are counted, reported and left out; empty ones, and
+    labels of one class only, are counted and reported.
+
     Args:
         template, max_length, seed, shuffle, overlong: see `texts`.
         chat: in place of a template, the field that holds the prompt's messages; completions are
@@ -188,4 +262,15 @@ def correctness(
         seed=seed,
         shuffle=shuffle,
         overlong=overlong,
+        select=_warn_of_one_class,
+        flaw=lambda judged: wordless(judged.row, max_length, tokenizer.eos_ids),
     )
+
+
+def _warn_of_one_class(found: Iterator[_Judged]) -> Sequence[int]:
+    """All of them; says so where right and wrong cannot be told apart by learning."""
+    right = [judged.label > 0.5 for judged in found]
+    if len(set(right)) == 1:
+        kind = "right" if right[0] else "not right"
+        _log.warning("all of %d completions are %s: one class only", len(right), kind)
+    return range(len(right))

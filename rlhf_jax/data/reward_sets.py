@@ -6,9 +6,10 @@ takes what the file says as it is, and raises a ValueError naming the field wher
 another form. To add a set is to write its reader and to name it in `PAIRS` or `SAMPLES`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
-from rlhf_jax.data.examples import first_field, pick
+from rlhf_jax.data.examples import first_field, flag, pick
 from rlhf_jax.data.plain_forms import (
     Pair,
     Prompt,
@@ -57,7 +58,7 @@ def pairs(record: Record) -> list[Pair]:
             good,
             bad,
             category(record),
-            tie=bool(record.get("tie", False)),
+            tie=flag(record, "tie"),
             models=None if models is None else two(models, "models"),
         )
     ]
@@ -161,7 +162,8 @@ def ppe_human(record: Record) -> list[Pair]:
 def ppe_correctness(record: Record) -> list[Samples]:
     """PPE's best-of-K sets: ``response_1`` to ``response_K`` and ``scores``, one of them each."""
     count = sum(name.startswith("response_") for name in record)
-    correct = [one[0] if isinstance(one, list) and one else one for one in record.get("scores", [])]
+    scores = read_list(record, "scores")
+    correct = [one[0] if isinstance(one, list) and one else one for one in scores]
     if not count or len(correct) != count:
         raise ValueError(f"{len(correct)} scores for {count} fields response_*")
     return [
@@ -251,6 +253,7 @@ def pandalm(record: Record) -> list[Pair]:
             {"task": record["motivation_app"]} if record.get("motivation_app") else {},
             tie=label == 0,
             models=None if named is None else turned(named, label == 2),
+            votes=tuple(votes),
         )
     ]
 
@@ -263,8 +266,9 @@ def ultrafeedback(record: Record) -> list[Pair]:
     found = []
     for one in read_list(record, "completions"):
         score = one.get("overall_score") if isinstance(one, Mapping) else None
-        if not isinstance(score, int | float):
-            raise ValueError(f"completions hold overall_score={score!r}; wanted a number")
+        plain = isinstance(score, int | float) and not isinstance(score, bool)
+        if not plain or not math.isfinite(score):
+            raise ValueError(f"completions hold overall_score={score!r}; wanted a finite number")
         found.append((score, pick(one, ("response",)), one.get("model", "")))
     prompt = read_prompt(record, "instruction")
     categories = {"source": record["source"]} if record.get("source") else {}
@@ -283,7 +287,8 @@ def ranked(record: Record) -> list[Pair]:
     for turn in record.get("history") or []:
         asked, said = two(turn, "history")
         prompt += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
-    task = "\n".join(part for part in (record.get("instruction"), record.get("input")) if part)
+    parts = [pick(record, (name,)) for name in ("instruction", "input") if record.get(name)]
+    task = "\n".join(parts)
     if not task:
         raise ValueError("no text under instruction")
     asked: Prompt = [*prompt, {"role": "user", "content": task}] if prompt else task

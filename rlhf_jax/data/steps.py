@@ -1,12 +1,14 @@
 """Step labels for process reward models, put on the tokens where steps end on devices."""
 
+import functools
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from rlhf_jax.data.draws import Drawn
-from rlhf_jax.data.examples import ExampleSource, Row, pad_rows, pick
+from rlhf_jax.data.draws import Drawn, Flaw
+from rlhf_jax.data.examples import ExampleSource, Row, pad_rows, pick, wordless
 from rlhf_jax.data.forms import Form
 from rlhf_jax.data.sources import Record, RecordSource
 from rlhf_jax.text.steps import BLANK, mark_host_step_ends, split_steps, token_tables
@@ -39,7 +41,8 @@ def step_labels(
     `completion`, cut by `split_steps`. `labels` holds one number from 0 to 1 per step, or None for
     a step that trains nothing. A step of several lines has its label at its last line, and blank
     steps are left out with theirs. Where a row is cut (``overlong="truncate"``), the line that was
-    cut has no label.
+    cut has no label. A record that has a completion beside its steps must have the same lines in
+    both. Solutions without a labelled step are counted, reported and left out.
 
     Args:
         template, max_length, seed, shuffle, overlong: see `texts`.
@@ -87,7 +90,15 @@ def step_labels(
         seed=seed,
         shuffle=shuffle,
         overlong=overlong,
+        flaw=functools.partial(_flaw, max_length, tokenizer.eos_ids),
     )
+
+
+def _flaw(max_length: int, eos_ids: Sequence[int], solution: _Solution) -> Flaw | None:
+    """What is wrong with a solution."""
+    if all(label is None for label in solution.labels):
+        return Flaw("solutions without a labelled step", useless=True)
+    return wordless(solution.row, max_length, eos_ids)
 
 
 def _lines(
@@ -95,14 +106,38 @@ def _lines(
 ) -> tuple[str, list[float | None]]:
     """The text of a record's solution and one label per line of it, at least one."""
     listed = steps in record
-    given = list(record[steps]) if listed else split_steps(pick(record, completion))
+    given = _listed(record, steps) if listed else split_steps(pick(record, completion))
     known = _read_labels(record, labels, len(given))
     found = [pair for pair in zip(given, known, strict=True) if pair[0].strip(BLANK)]
     text = "\n".join(step for step, _ in found) if listed else pick(record, completion)
+    if listed and completion[0] in record:
+        _check_joined(text, pick(record, completion[:1]), steps, completion[0])
     spread: list[float | None] = []
     for step, label in found:
         spread += [None] * (len(split_steps(step)) - 1) + [label]
     return text, spread or [None]
+
+
+def _listed(record: Record, name: str) -> list[str]:
+    """The steps of a record, as texts."""
+    given = record[name]
+    if not isinstance(given, list | tuple) or not all(isinstance(step, str) for step in given):
+        raise ValueError(f"field {name!r} holds {given!r}, not a list of texts")
+    return list(given)
+
+
+def _check_joined(text: str, whole: str, steps: str, completion: str) -> None:
+    """Raises a ValueError unless both have the same lines, up to blank ones and blanks around."""
+    ours, theirs = (
+        [line.strip(BLANK) for line in split_steps(one) if line.strip(BLANK)]
+        for one in (text, whole)
+    )
+    for number, (one, other) in enumerate(itertools.zip_longest(ours, theirs), 1):
+        if one != other:
+            raise ValueError(
+                f"{steps} do not join to {completion}: line {number} is {one!r} in one and "
+                f"{other!r} in the other"
+            )
 
 
 def _read_labels(record: Record, name: str, count: int) -> list[float | None]:
@@ -110,9 +145,12 @@ def _read_labels(record: Record, name: str, count: int) -> list[float | None]:
     if name not in record:
         raise ValueError(f"no field {name}; the record has {', '.join(record)}")
     values = record[name]
+    if not isinstance(values, list | tuple):
+        raise ValueError(f"{name} hold {values!r}, not a list of a number per step")
     if len(values) != count:
         raise ValueError(f"{len(values)} {name} for {count} steps")
     for value in values:
-        if value is not None and (isinstance(value, str) or not 0 <= value <= 1):
+        good = isinstance(value, bool | int | float) and 0 <= value <= 1
+        if value is not None and not good:
             raise ValueError(f"{name} hold {value!r}, not a number from 0 to 1")
     return [None if value is None else float(value) for value in values]

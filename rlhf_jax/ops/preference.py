@@ -71,12 +71,6 @@ def dpo_margin(
     return beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
 
 
-def label_from_votes(votes: Float[Array, "M A"], label: Float[Array, " M"]) -> Float[Array, " M"]:
-    """The mean of each row's votes; `label` where nobody voted (NaN = did not vote)."""
-    voted = ~jnp.isnan(votes)
-    return jnp.where(jnp.any(voted, axis=-1), masked_mean(votes, voted, axis=-1), label)
-
-
 def _cross_entropy(logit_true, logit_false, label):
     """−[p log σ(a) + (1 − p) log σ(b)]; log_sigmoid has no overflow at either end."""
     return -(label * jax.nn.log_sigmoid(logit_true) + (1 - label) * jax.nn.log_sigmoid(logit_false))

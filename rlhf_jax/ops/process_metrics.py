@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
+from rlhf_jax.ops.step_labels import check_how
 from rlhf_jax.types import Array
 
 NO_ERROR = -1
@@ -90,6 +91,25 @@ def blind_f1(wanted: Int[np.ndarray, " N"]) -> float:
         return math.nan
     share = float(np.bincount(steps).max() / len(steps))
     return 2 * share / (1 + math.sqrt(share)) ** 2
+
+
+def aggregate_logit(steps: Sequence[float], *, how: str) -> float:
+    """One score of a text as a logit, from the logits of its steps; 0 where it has none.
+
+    `ops.step_labels.aggregate` in float64, and of min, product, mean and last the logit: where
+    float32 rounds a probability to 1, solutions still differ. `sum` is log-odds as it is.
+    """
+    check_how(how)
+    logits = np.asarray(steps or [0.0], np.float64)
+    if how == "min":
+        return float(logits.min())
+    if how in ("last", "sum"):
+        return float(logits[-1] if how == "last" else logits.sum())
+    right, wrong = -np.logaddexp(0.0, -logits), -np.logaddexp(0.0, logits)  # log σ(r), log σ(−r)
+    if how == "mean":  # both shares from logarithms: 1 − p has no digits left where p is 1
+        return float(np.logaddexp.reduce(right) - np.logaddexp.reduce(wrong))
+    before = np.cumsum(right) - right  # 1 − Π p = Σ_s (1 − p_s) Π_{t<s} p_t
+    return float(right.sum() - np.logaddexp.reduce(wrong + before))
 
 
 def best_threshold(

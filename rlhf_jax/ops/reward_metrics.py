@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
+from scipy import stats
 
 from rlhf_jax.types import Array
 
@@ -77,12 +78,29 @@ def best_tie_threshold(
     return float(thresholds[best]), float(found[best] / len(margins))
 
 
+def cohen_kappa(first: Shaped[Array, " M"], second: Shaped[Array, " M"]) -> float:
+    """(p_o − p_e) / (1 − p_e): how much oftener two people agree than by chance; 1 = always.
+
+    p_o is the share of items on which they say the same, p_e what it would be if both said what
+    they say independently: Σ_k p_k q_k over labels. Cohen 1960,
+    https://doi.org/10.1177/001316446002000104. NaN if both say one thing only, the same.
+    """
+    a, b = np.asarray(first), np.asarray(second)
+    by_chance = float(sum(np.mean(a == label) * np.mean(b == label) for label in np.unique(a)))
+    if by_chance == 1:
+        return math.nan
+    return (float(np.mean(a == b)) - by_chance) / (1 - by_chance)
+
+
 def auc(scores: Float[Array, " M"], labels: Shaped[Array, " M"]) -> float:
     """Area under the ROC curve: P(a positive scores above a negative) + ½ P(they tie).
 
     From ranks, Mann and Whitney 1947; NaN if there is no positive or no negative.
+
+    Raises:
+        ValueError: a score is NaN, which no order has.
     """
-    scores, positive = _floats(scores), _positive(labels)
+    scores, positive = _ordered(scores), _positive(labels)
     num_positive = int(positive.sum())
     num_negative = len(positive) - num_positive
     if not num_positive or not num_negative:
@@ -148,9 +166,9 @@ def best_of_k(
     https://arxiv.org/abs/2107.03374, equation 1).
 
     Raises:
-        ValueError: a size outside 1..K.
+        ValueError: a size outside 1..K; a score is NaN, which no order has.
     """
-    scores, gold = _floats(scores), _floats(gold)
+    scores, gold = _ordered(scores), _floats(gold)
     samples = scores.shape[1]
     for size in sizes:
         if not 1 <= size <= samples:
@@ -256,13 +274,12 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def mean_interval(
-    values: Float[Array, " M"], *, deviations: float = 1.959964
-) -> tuple[float, float, float]:
-    """(mean, low, high) of independent values: mean ± z s/√M; the default is 95 %.
+def mean_interval(values: Float[Array, " M"], *, level: float = 0.95) -> tuple[float, float, float]:
+    """(mean, low, high) of independent values: mean ± t s/√M, t being Student's with M − 1.
 
     s² divides by M − 1. Values that depend on each other, such as the samples of one prompt, are
-    averaged first.
+    averaged first. For values in [0, 1], `clustered_interval` stays within and is not empty where
+    all are the same.
 
     Raises:
         ValueError: fewer than two values.
@@ -271,8 +288,18 @@ def mean_interval(
     if len(found) < 2:
         raise ValueError(f"{len(found)} values have no interval; wanted 2 or more")
     mean = float(found.mean())
-    reach = deviations * float(found.std(ddof=1)) / math.sqrt(len(found))
+    t = float(stats.t.ppf(0.5 + level / 2, len(found) - 1))
+    reach = t * float(found.std(ddof=1)) / math.sqrt(len(found))
     return mean, mean - reach, mean + reach
+
+
+def prompt_interval(values: Float[Array, " N"]) -> tuple[float, float, float]:
+    """(mean, low, high), 95 %, of one value for each of N prompts: `clustered_interval` where all
+    lie in [0, 1], else `mean_interval`."""
+    found = _floats(values)
+    if len(found) > 1 and found.min() >= 0 and found.max() <= 1:
+        return float(found.mean()), *clustered_interval(found, np.arange(len(found)))
+    return mean_interval(found)
 
 
 def _by_score(scores, gold):
@@ -280,6 +307,14 @@ def _by_score(scores, gold):
     _, place, count = np.unique(scores, return_inverse=True, return_counts=True)
     shared = np.bincount(place, weights=gold) / count
     return shared[np.sort(place)]
+
+
+def _ordered(scores):
+    """Scores as float64, of which each two can be compared."""
+    found = _floats(scores)
+    if np.isnan(found).any():
+        raise ValueError(f"{int(np.isnan(found).sum())} of {found.size} scores are NaN")
+    return found
 
 
 def _positive(labels):

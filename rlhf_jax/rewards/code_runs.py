@@ -11,7 +11,8 @@ The record's fields decide the form, as published sets have them:
   stdout. Outputs are compared line by line, without spaces at ends of lines and of the text.
 
 Code of a model is code of a stranger: see `code_sandbox` for what the limits hold and what not.
-The reward is off until a config says ``allow=True``.
+Checks of the first two forms run in one process with the code, which can cheat on them; outputs of
+the third are compared out of its reach. The reward is off until a config says ``allow=True``.
 """
 
 import re
@@ -158,7 +159,8 @@ def code_runs(
         allow: must be True: this runs code that a model wrote on this machine.
         isolation: "namespaces", or "hook" where the machine does not let us make them.
         score: "all", or "share" of the tests.
-        cpu_seconds, wall_seconds, memory_mb: of one run.
+        cpu_seconds: of each process of a run.
+        wall_seconds, memory_mb: of a run, all of its processes together.
         timeout, on_error, workers: see `host_reward`; the timeout is for all runs of a completion.
 
     Raises:

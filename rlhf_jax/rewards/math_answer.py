@@ -28,12 +28,17 @@ _SENTENCE_END = re.compile(r"\.(?:\s|$)")
 _NUMBER = re.compile(r"-?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)(?:/[0-9]+)?")
 # What changes how an answer looks and not what it says; MATH leaves degrees out of its answers.
 _LOOKS = re.compile(
-    r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\[,!;:$ ]|\\(?=[%#&])|[\s$]|\.+$"
+    r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\[,!;:$]|\\(?=[%#&])|[$]|\.+$"
     r"|\^(?:\\circ(?![A-Za-z])|\{\\circ\})"
 )
+_SPACES = re.compile(r"(?:\\?\s|~)+")
+# All but those between two numbers: "1 1/2" is not 11/2, and "7 8" not 78.
+_LOOSE_SPACE = re.compile(r"(?<![0-9.]) | (?![0-9.])")
+_NUMBERS_APART = re.compile(r"[0-9.] [0-9.]")
 _FRACTION = re.compile(r"(-?)\\frac(?:\{(\d+)\}|(\d))(?:\{(\d+)\}|(\d))")
 _PLAIN = re.compile(r"([-+]?)(\d+(?:\.\d*)?|\.\d+)(?:/(\d+))?", re.ASCII)
-_THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?", re.ASCII)
+_THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)(?:\.\d+)?", re.ASCII)
+_MIXED = re.compile(r"([-+]?)(\d+) (\d+)/(\d+)", re.ASCII)
 
 
 def final_answer(text: str, *, marker: str = "####", fallbacks: Sequence[str] = ()) -> str | None:
@@ -91,23 +96,30 @@ def _in_box(rest: str) -> str | None:
 
 
 def plain(answer: str) -> str:
-    """The answer without what is only looks: spaces, dollar signs, \\left, a closing dot.
+    """The answer without what is only looks: dollar signs, \\left, a closing dot, spaces but one
+    between two numbers.
 
     >>> plain("\\\\left( \\\\dfrac{1}{2}, 3 \\\\right)")
     '(\\\\frac{1}{2},3)'
     """
-    answer = _LOOKS.sub("", answer.strip()).replace("{,}", ",")
+    answer = _LOOKS.sub("", _SPACES.sub(" ", answer).strip()).replace("{,}", ",")
+    answer = _LOOSE_SPACE.sub("", answer)
     return re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", answer)
 
 
 def number(answer: str) -> fractions.Fraction | None:
-    """The exact value of a plain number or fraction, such as 1,234.50 or 3/4; None for others.
+    """The exact value of a plain number or fraction, such as 1,234.50, 3/4 or 1 1/2; None for
+    others.
 
     A percent sign is a unit here, as in MATH's answers: 50% is 50.
     """
     answer = plain(answer).removesuffix("%")
     if _THOUSANDS.fullmatch(answer):
-        answer = answer.replace(",", "")
+        answer = answer.replace(",", "").replace(" ", "")
+    mixed = _MIXED.fullmatch(answer)
+    if mixed:
+        sign, whole, top, below = mixed.groups()
+        answer = f"{sign}{int(whole) * int(below) + int(top)}/{below}"
     found = _FRACTION.fullmatch(answer)
     if found:
         sign, *parts = found.groups()
@@ -160,6 +172,9 @@ def equal_answers(reference: str, answer: str, pool: Pool) -> bool:
     numbers = number(reference), number(answer)
     if None not in numbers and (numbers[0] == numbers[1] or "%" not in reference + answer):
         return numbers[0] == numbers[1]
+    apart = [bool(_NUMBERS_APART.search(plain(text))) for text in (reference, answer)]
+    if apart[0] != apart[1] and None in numbers and numbers != (None, None):
+        return False  # one number is not two
     tidy = [" ".join(text.split()).rstrip(". ") for text in (reference, answer)]
     return pool.equal(*tidy)
 

@@ -4,6 +4,7 @@ See `rlhf_jax.training.supervised` for the equations. Everything is a function o
 `Objective`; state, optimizers and labels that move are there.
 """
 
+import types
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -37,6 +38,11 @@ class Objective(NamedTuple):
     process_head: str
     own_rows: bool = False
     smoothing: float = 0.0
+    heads: Mapping[str, str] = types.MappingProxyType({})  # of sources that have one of their own
+
+    def head(self, source: str, kind: type) -> str:
+        """The head that a source of this kind trains."""
+        return self.heads.get(source, self.process_head if kind is Steps else self.outcome_head)
 
 
 def own_rows(config: ModelConfig) -> bool:
@@ -118,7 +124,7 @@ def losses(objective, outputs, mixture) -> Losses:
     copies = objective.model.config.members if objective.own_rows else 1
     for name, rows in mixture.items():
         rows = _rows_of_members(objective, rows)
-        means, report = _source_means(objective, outputs[name], rows)
+        means, report = _source_means(objective, name, outputs[name], rows)
         weight = objective.sources[name] * copies
         terms[name] = Term(weight=weight, mean=means["loss"])
         if "centre" in means and objective.centre_coef:
@@ -128,17 +134,18 @@ def losses(objective, outputs, mixture) -> Losses:
     return terms, metrics
 
 
-def _source_means(objective, output, rows):
+def _source_means(objective, name, output, rows):
     """(losses, metrics) of one source, as means by name."""
+    head = objective.head(name, type(rows))
     match rows:
         case Texts():
             return {"loss": texts_mean(output, rows)}, {}
         case Pairs():
-            return _pair_means(head_of(output, objective.outcome_head), rows)
+            return _pair_means(head_of(output, head), rows)
         case Labelled():
-            return _labelled_means(head_of(output, objective.outcome_head), rows)
+            return _labelled_means(head_of(output, head), rows)
         case Steps():
-            return _step_means(head_of(output, objective.process_head), rows)
+            return _step_means(head_of(output, head), rows)
         case _:
             raise TypeError(f"a source holds {type(rows).__name__}; known: {Mixture}")
 
@@ -148,7 +155,7 @@ def ensemble_metrics(objective, outputs, mixture) -> Metrics:
     metrics = {}
     for name, rows in mixture.items():
         if isinstance(rows, Pairs):
-            scores = head_of(outputs[name], objective.outcome_head)
+            scores = head_of(outputs[name], objective.head(name, Pairs))
             by_row = pair_differences(scores, _rows_of_members(objective, rows))
             by_member = jnp.reshape(by_row, (rows.label.shape[0], -1)).T  # [E M]
             mean = combine_members(by_member, "mean")

@@ -10,7 +10,8 @@ One step minimises a weighted mixture of sources, each normalised by what it its
 
 r is the outcome head at a text's last token, and at step ends the process head. So a batch with
 few labelled steps does not drown them, and doubling the rows of one source leaves the others'
-gradient alone. One trunk serves all sources; give both heads one name to share the head too.
+gradient alone. One trunk serves all sources; give both heads one name to share the head too, or
+give a source a head of its own (`heads`): groups of annotators that disagree are then not averaged.
 
 An ensemble trains in the same step. Members with parameters all their own ("independent", "lora")
 draw rows of their own too, row i·E + e being member e's, and the loss is the sum of theirs, so each
@@ -80,6 +81,7 @@ def make_supervised_step(
     outcome_head: str = "outcome",
     process_head: str = "process",
     smoothing: float = 0.0,
+    heads: Mapping[str, str] | None = None,
 ) -> Callable[[TrainState, Frozen, Mixture, jax.Array], tuple[TrainState, Metrics]]:
     """A pure function (state, frozen, mixture, key) -> (state, metrics); nothing in it is random.
 
@@ -97,6 +99,7 @@ def make_supervised_step(
         process_head: head that scores steps.
         smoothing: β of a label's step towards the model, 0 = labels stay; with it the state has
             `label_tables`, and ``<source>/label_moved`` is how far labels are from those given.
+        heads: the head of a source by name, in place of the two above.
 
     Raises:
         ValueError: no source, or bad sizes; at tracing for a mixture of other sources, or for a
@@ -104,7 +107,11 @@ def make_supervised_step(
     """
     objective = _objective(
         model, sources, role, microbatches, centre_coef, outcome_head, process_head
-    )._replace(own_rows=own_rows(model.config), smoothing=check_smoothing(model.config, smoothing))
+    )._replace(
+        own_rows=own_rows(model.config),
+        smoothing=check_smoothing(model.config, smoothing),
+        heads=heads or {},
+    )
 
     def supervised_step(state, frozen, mixture, key):
         del key  # the signature of all updates
@@ -121,6 +128,7 @@ def make_supervised_evaluate(
     microbatches: int = 1,
     outcome_head: str = "outcome",
     process_head: str = "process",
+    heads: Mapping[str, str] | None = None,
 ) -> Callable[[Mapping[str, Params], Frozen, Mixture], Metrics]:
     """A pure function (params, frozen, mixture) -> metrics, without gradients.
 
@@ -132,7 +140,9 @@ def make_supervised_evaluate(
     rows, and the above are means over members too; Pairs also give ``/accuracy_of_mean``, that of
     their mean score, and ``/disagreement``, the standard deviation of d over members.
     """
-    objective = _objective(model, sources, role, microbatches, 0.0, outcome_head, process_head)
+    objective = _objective(
+        model, sources, role, microbatches, 0.0, outcome_head, process_head
+    )._replace(heads=heads or {})
 
     def supervised_evaluate(params, frozen, mixture):
         return _evaluate(objective, params, frozen, mixture)
@@ -235,7 +245,7 @@ def _moved(objective, frozen, params, mixture, tables):
     def differences(chunk):
         outputs = forward(objective, frozen, params, chunk)
         return {
-            name: pair_differences(head_of(outputs[name], objective.outcome_head), rows)
+            name: pair_differences(head_of(outputs[name], objective.head(name, Pairs)), rows)
             for name, rows in chunk.items()
         }
 

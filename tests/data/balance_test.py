@@ -74,6 +74,24 @@ def test_extra_pairs_set_an_answer_against_that_to_another_prompt():
         Augmented(given[:2], lambda record: record["prompt"], share=0.5, seed=0)
 
 
+def test_of_whole_conversations_the_answer_is_taken():
+    """UltraFeedback's binarised form: both sides repeat the prompt."""
+
+    def said(prompt, reply):
+        return [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
+
+    given = [
+        dict(prompt=[said(p, "")[0]], chosen=said(p, "yes " + p), rejected=said(p, "no"))
+        for p in ("one", "two")
+    ]
+    source = Augmented(given, lambda record: record["prompt"], share=0.5, seed=0)
+    made = source[2]
+    (asked,) = (message["content"] for message in made["prompt"])
+    other = {"one": "two", "two": "one"}[asked]
+    assert made["chosen"] == said(asked, "yes " + asked)
+    assert made["rejected"] == [{"role": "assistant", "content": "yes " + other}]
+
+
 def test_a_source_of_pairs_takes_them_from_its_config():
     given = [dict(prompt="a", chosen="bbb", rejected="c")] * 3 + [
         dict(prompt="b", chosen="c", rejected="aaa"),

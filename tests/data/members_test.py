@@ -8,7 +8,7 @@ from rlhf_jax.data.members import MemberSource
 from rlhf_jax.data.preferences import pairs
 from rlhf_jax.text.tokenizer import CharTokenizer
 
-RECORDS = [{"prompt": "a", "chosen": c, "rejected": "d"} for c in "abcd" * 3]
+RECORDS = [{"prompt": "a", "chosen": c, "rejected": "da"} for c in "abcd" * 3]
 
 
 def source(seed=3):

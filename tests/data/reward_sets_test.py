@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from rlhf_jax.data import process_sets, reward_sets
-from rlhf_jax.data.plain_forms import Pair, Samples
+from rlhf_jax.data.plain_forms import Pair, Samples, check_item
 from rlhf_jax.data.process_sets import find_form
 from rlhf_jax.data.record_files import open_records
 from rlhf_jax.ops.length_bias import pair_lengths
@@ -53,13 +53,27 @@ def test_plain_pairs():
         ("llmbar", dict(input="i", output_1="a", output_2="b", label=0), "label=0; wanted 1 or 2"),
         ("pandalm", dict(annotator1=1, annotator2=3, annotator3=1), "annotators say"),
         ("ppe_human", PAIR | dict(winner="left"), "winner='left'"),
-        ("ppe_correctness", dict(prompt="p", response_1="a", scores=[]), "0 scores for 1 fields"),
+        (
+            "ppe_correctness",
+            dict(prompt="p", response_1="a", scores=[1, 0]),
+            "2 scores for 1 fields",
+        ),
         ("ppe_correctness", dict(prompt="p", response_1="a", scores=[0.5]), "wanted true or false"),
         ("samples", dict(prompt="p", completions=["a"], correct=[1, 0]), "2 labels for 1"),
         ("ultrafeedback", dict(instruction="i", completions=[{}]), "overall_score=None"),
         ("processbench", dict(problem="p", steps=["a"], label=1), "label=1; wanted -1, or a step"),
         ("processbench", dict(problem="p", steps=[], label=-1), "'steps' holds list"),
         ("prmbench", dict(question="q", steps=["a"], error_steps=[2]), r"error_steps=\[2\]"),
+        ("pairs", PAIR | dict(tie="false"), "field 'tie' holds 'false', not true or false"),
+        ("pairs", PAIR | dict(prompt=""), "field 'prompt' is empty; wanted a prompt"),
+        ("ppe_correctness", dict(prompt="p", response_1="a", scores=None), "'scores' holds None"),
+        ("reward_bench_2", PAIR | dict(chosen=["a"], rejected=[]), "'rejected' holds an empty"),
+        (
+            "ultrafeedback",
+            dict(completions=[dict(overall_score=float("nan"), response="a")]),
+            "overall_score=nan; wanted a finite number",
+        ),
+        ("ranked", dict(instruction=3, output=["a", "b"]), "field 'instruction' holds int"),
         ("solutions", dict(prompt="p", steps=["a"], labels=[2]), "labels hold 2"),
         ("solutions", dict(prompt="p", steps=["a"], labels=[]), r"labels=\[\]; wanted one"),
     ],
@@ -67,6 +81,21 @@ def test_plain_pairs():
 def test_a_record_of_another_form_is_an_error(form, record, message):
     with pytest.raises(ValueError, match=message):
         read(form, record)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        (Pair("p", "a", "b", models=(1, "b")), r"models are \(1, 'b'\); wanted two names"),
+        (Pair("p", "a", "b", models=("a", "")), "wanted two names"),
+        (Pair("p", "a", "b", {"language": 3}), "category language is 3; wanted text"),
+        (Samples("p", ["a"], [True], {"generator": None}), "category generator is None"),
+    ],
+)
+def test_names_are_texts(item, message):
+    with pytest.raises(ValueError, match=message):
+        check_item(item)
+    check_item(Pair("p", "a", "b", {"language": "en"}, models=("a", "b")))
 
 
 def test_unknown_forms_list_the_known():

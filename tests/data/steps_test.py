@@ -34,8 +34,8 @@ def read(source, rows=1):
         ({"steps": ["a\nb", "a"], "labels": [1, 0]}, [(4, 1.0), (6, 0.0)]),  # at its last line
         ({"steps": ["a", "\n", "b"], "labels": [1, 1, 0]}, [(2, 1.0), (4, 0.0)]),  # no blank step
         ({"steps": ["ab"], "labels": [1]}, [(3, 1.0)]),
-        ({"completion": "", "labels": [0]}, []),  # nothing to see, nothing to train
-        ({"steps": ["a"], "labels": [1], "completion": "b\nb"}, [(2, 1.0)]),  # steps go first
+        ({"steps": ["a"], "labels": [1], "solution": "b\nb"}, [(2, 1.0)]),  # a reference, perhaps
+        ({"steps": ["a", "b"], "labels": [1, 0], "completion": "a\n\nb "}, [(2, 1.0), (4, 0.0)]),
     ],
 )
 def test_labels_by_hand(record, wanted):
@@ -72,6 +72,18 @@ def test_bad_records_are_named():
         ({"steps": ["a"], "labels": [2]}, "labels hold 2, not a number from 0 to 1"),
         ({"steps": ["a"], "labels": ["+"]}, "labels hold '\\+', not a number"),
         ({"labels": [1]}, "no field completion or solution"),
+        ({"steps": "ab", "labels": [1, 1]}, "field 'steps' holds 'ab', not a list of texts"),
+        ({"steps": [1, 2], "labels": [1, 1]}, r"field 'steps' holds \[1, 2\], not a list of texts"),
+        ({"steps": ["a"], "labels": None}, "labels hold None, not a list"),
+        ({"steps": ["a"], "labels": [[1]]}, r"labels hold \[1\], not a number from 0 to 1"),
+        (
+            {"steps": ["a", "b"], "labels": [1, 1], "completion": "a\nbb"},
+            "steps do not join to completion: line 2 is 'b' in one and 'bb' in the other",
+        ),
+        (
+            {"steps": ["a"], "labels": [1], "completion": "a\nb"},
+            "steps do not join to completion: line 2 is None in one and 'b' in the other",
+        ),
     ]:
         with pytest.raises(ValueError, match=f"source 0, record 0: {message}"):
             step_labels([[{"prompt": "a"} | record]], TEXT, **COMMON)
@@ -80,6 +92,17 @@ def test_bad_records_are_named():
         records = [{"prompt": "a", "steps": ["a", "b"], "labels": [1, 1]}]
         step_labels([records], breakless, **COMMON)
     assert step_labels([[{"prompt": "a", "steps": ["ab"], "labels": [1]}]], breakless, **COMMON)
+
+
+def test_solutions_without_a_labelled_step_are_left_out(caplog):
+    good = {"prompt": "a", "steps": ["a", "b"], "labels": [1, None]}
+    none = [good | {"labels": [None, None]}, good | {"steps": [" ", "\n"]}]
+    made = step_labels([[none[0], good, none[1]]], TEXT, **COMMON)
+    assert len(made) == 1 and made.num_flaws == {"solutions without a labelled step": 2}
+    assert read(made) == [[(2, 1.0)]]
+    assert "2 of 3 records that fit (left out): source 0, record 0, the first" in caplog.text
+    with pytest.raises(ValueError, match=r"no records are left of 2 .*without a labelled step: 2"):
+        step_labels([none], TEXT, **COMMON)
 
 
 def test_arithmetic_records_fit_as_they_are(tmp_path):

@@ -112,12 +112,3 @@ def test_centre_and_dpo_margin_by_hand():
         jnp.array([-1.0]), jnp.array([-4.0]), jnp.array([-2.0]), jnp.array([-3.0]), beta=0.5
     )
     assert float(found[0]) == 0.5 * ((-1 + 2) - (-4 + 3))
-
-
-def test_votes_are_averaged_and_absent_ones_ignored():
-    nan = float("nan")
-    votes = np.array([[1, 0, 1, nan], [nan] * 4, [0.5, nan, nan, nan]], np.float32)
-    label = np.array([0.0, 0.7, 0.0], np.float32)
-    np.testing.assert_allclose(
-        preference.label_from_votes(votes, label), np.array([2 / 3, 0.7, 0.5]), rtol=1e-6
-    )

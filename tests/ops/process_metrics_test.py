@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.ops import process_metrics as pm
+from rlhf_jax.ops.step_labels import aggregate
 
 RNG = np.random.default_rng(0)
 
@@ -15,6 +16,30 @@ def test_the_first_wrong_step():
     assert pm.first_wrong(np.array([1.0, 2.0])) == -1
     assert pm.first_wrong(np.array([0.0])) == 0  # P = ½ is not above it
     assert pm.first_wrong(np.array([1.0, 2.0]), threshold=1.5) == 0
+
+
+@pytest.mark.parametrize("how", ["min", "product", "mean", "last", "sum"])
+def test_one_logit_of_the_steps(how):
+    """As `aggregate` says, and of distinct solutions distinct where float32 has only 1."""
+    for _ in range(20):
+        steps = RNG.normal(0, 3, RNG.integers(1, 7))
+        wanted = float(aggregate(np.float32(steps), np.ones(len(steps), bool), how=how))
+        found = pm.aggregate_logit(list(steps), how=how)
+        assert (found if how == "sum" else 1 / (1 + math.exp(-found))) == pytest.approx(
+            wanted, rel=1e-5, abs=1e-6
+        )
+    sure = [pm.aggregate_logit([50.0, logit], how=how) for logit in (17.0, 20.0, 25.0, 40.0)]
+    unsure = [pm.aggregate_logit([-90.0, logit], how=how) for logit in (-300.0, -120.0, -90.0)]
+    assert sure == sorted(set(sure)) and all(map(math.isfinite, sure + unsure))
+    assert how == "mean" or unsure == sorted(set(unsure))
+    assert pm.aggregate_logit([], how=how) == pytest.approx(0.0, abs=1e-15)
+
+
+def test_more_sure_steps_are_worth_less_to_a_product():
+    logits = [pm.aggregate_logit([40.0] * count, how="product") for count in (1, 2, 5)]
+    np.testing.assert_allclose(logits, 40.0 - np.log([1, 2, 5]), rtol=1e-12)
+    with pytest.raises(ValueError, match="how='median'"):
+        pm.aggregate_logit([1.0], how="median")
 
 
 def test_first_error_by_hand():

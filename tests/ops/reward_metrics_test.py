@@ -79,13 +79,31 @@ def test_wilson_interval():
 
 
 def test_mean_interval_by_hand_and_its_coverage():
-    # Mean 2, s = 1, so 2 ± 1.96 / sqrt(3).
+    # Mean 2, s = 1, and t = 4.302653 with two degrees of freedom: 2 ± t / sqrt(3).
     mean, low, high = rm.mean_interval(np.array([1.0, 2.0, 3.0]))
-    np.testing.assert_allclose([mean, low, high], [2, 2 - 1.131586, 2 + 1.131586], rtol=1e-6)
+    np.testing.assert_allclose([mean, low, high], [2, 2 - 2.484138, 2 + 2.484138], rtol=1e-6)
+    few = [rm.mean_interval(RNG.normal(5, 3, 4)) for _ in range(800)]
+    assert 0.925 < np.mean([low < 5 < high for _, low, high in few]) < 0.975
     draws = [rm.mean_interval(RNG.normal(5, 3, 50)) for _ in range(400)]
     assert 0.91 < np.mean([low < 5 < high for _, low, high in draws]) < 0.98
     with pytest.raises(ValueError, match="1 values have no interval"):
         rm.mean_interval(np.ones(1))
+
+
+def test_prompt_intervals_of_shares_stay_shares():
+    mean, low, high = rm.prompt_interval(np.array([0.0, 0.0, 1.0]))
+    assert mean == pytest.approx(1 / 3) and 0 <= low < mean < high <= 1
+    assert rm.prompt_interval(np.ones(5))[1] < 1.0  # five successes do not prove it always works
+    values = np.array([-1.0, 0.5, 2.0])
+    assert rm.prompt_interval(values) == rm.mean_interval(values)
+
+
+def test_scores_that_are_not_numbers_have_no_order():
+    scores, gold = np.array([[1.0, 2.0, np.nan]]), np.array([[0.0, 1.0, 0.0]])
+    with pytest.raises(ValueError, match="1 of 3 scores are NaN"):
+        rm.best_of_k(scores, gold, (2,))
+    with pytest.raises(ValueError, match="1 of 3 scores are NaN"):
+        rm.auc(scores[0], gold[0])
 
 
 def test_bootstrap_covers_the_truth_and_respects_texts():

@@ -87,13 +87,20 @@ def test_another_marker():
         (r"90^\circ", "90"),
         (".5.", "1/2"),
         ("0.1", "1/10"),
+        ("1 1/2", "3/2"),
+        ("-1 1/2", "-3/2"),
+        (r"1\ 234", "1234"),
+        (r"1\,234", "1234"),
+        ("- 5", "-5"),
     ],
 )
 def test_plain_numbers_are_exact(text, value):
     assert str(number(text)) == value
 
 
-@pytest.mark.parametrize("text", ["", "x", "1/0", "1,23", "1e9", "1.2.3", "٧", "1 2x", "--1"])
+@pytest.mark.parametrize(
+    "text", ["", "x", "1/0", "1,23", "1e9", "1.2.3", "٧", "1 2x", "--1", "7 8", "12 34", "1 1/0"]
+)
 def test_what_is_no_plain_number(text):
     assert number(text) is None
 
@@ -112,6 +119,14 @@ def test_looks_do_not_matter():
         ("237.5", r"237.5\%", True),
         (r"50\%", "0.5", True),
         ("5", "-5", False),
+        ("11/2", "1 1/2", False),  # which is 3/2
+        ("1 1/2", "3/2", True),
+        ("1 1/2", "1.5", True),
+        ("78", "7 8", False),
+        ("7 8", "7  8", True),
+        ("12", "1 2", False),
+        ("10000", "10 000", True),
+        ("2 x", "2x", True),
         ("x+1", "1+x", True),
         ("x+1", "y+1", False),
         ("(x-1)(x+1)", "x^2-1", True),

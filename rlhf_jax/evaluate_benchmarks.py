@@ -15,6 +15,7 @@ no model, scores the answers. For each benchmark and policy
 benchmarks.md has them as a table, evaluation.jsonl every answer.
 """
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -91,13 +92,14 @@ def numbers_of(
 ) -> dict[str, float]:
     """The numbers of one benchmark from what each policy's samples score, by policy."""
     numbers: dict[str, float] = {}
+    share = all(gold.min() >= 0 and gold.max() <= 1 for gold in found.values())
 
     def add(name: str, values: Float[np.ndarray, "M K"], interval) -> None:
         mean, low, high = interval(values.mean(axis=1))
         numbers.update({name: mean, f"{name}_low": low, f"{name}_high": high})
 
     for policy, gold in found.items():
-        add(f"{label}/{policy}", gold, prompt_interval)
+        add(f"{label}/{policy}", gold, functools.partial(prompt_interval, share=share))
         if policy != start:
             add(f"{label}/{policy}/change", gold - found[start], mean_interval)
     return numbers

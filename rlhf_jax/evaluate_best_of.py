@@ -126,13 +126,18 @@ def curves(found: Drawn, config: ConfigDict) -> dict[str, Float[np.ndarray, "N J
 
 
 def numbers_of(
-    stage: str, found: Drawn, made: Mapping[str, Float[np.ndarray, "N J"]], sizes: Sequence[int]
+    stage: str,
+    found: Drawn,
+    made: Mapping[str, Float[np.ndarray, "N J"]],
+    sizes: Sequence[int],
+    *,
+    share: bool,
 ) -> dict[str, float]:
-    """Means over prompts with 95 % intervals, by name."""
+    """Means over prompts with 95 % intervals, by name; `share`: gold lies in [0, 1]."""
     numbers: dict[str, float] = {}
 
     def add(name: str, values: np.ndarray) -> None:
-        mean, low, high = prompt_interval(values)
+        mean, low, high = prompt_interval(values, share=share)
         numbers.update({name: mean, f"{name}_low": low, f"{name}_high": high})
 
     add(f"{stage}/gold", found.gold.mean(axis=1))
@@ -219,10 +224,11 @@ def evaluate_best_of(config: ConfigDict, workdir: str, conclude) -> dict[str, fl
             folder / "evaluation.jsonl", [row for one in found.values() for row in one.rows]
         )
     numbers, ways = {}, ()
+    share = all(one.gold.min() >= 0 and one.gold.max() <= 1 for one in found.values())
     for stage, one in found.items():
         made = curves(one, config)
         ways = tuple(made)
-        numbers |= numbers_of(stage, one, made, config.best_of.sizes)
+        numbers |= numbers_of(stage, one, made, config.best_of.sizes, share=share)
     if jax.process_index() == 0:
         draw(folder / "best_of_n.png", numbers, tuple(samplers), config, ways)
     compiles = sum(sampler.compiles.after_warmup for sampler in samplers.values())

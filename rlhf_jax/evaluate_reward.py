@@ -29,7 +29,7 @@ import numpy as np
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from rlhf_jax import build, model_folder, program, reward_numbers, run_folder
+from rlhf_jax import averages, build, model_folder, program, reward_numbers, run_folder
 from rlhf_jax.compile_watch import CompileWatch
 from rlhf_jax.data.examples import Row
 from rlhf_jax.data.plain_forms import NO_ERROR
@@ -109,8 +109,10 @@ def open_model(config: ConfigDict) -> ModelFolder:
             bos=config.data.get("bos"),
             dtype=config.reward.get("dtype", ""),
         )
+    averages.check("reward", config.reward)
     # Nothing reads log-probabilities here, and they would cost a pass over the vocabulary.
-    return opened._replace(config=dataclasses.replace(opened.config, lm_head=False))
+    alone = dataclasses.replace(opened.config, lm_head=False)
+    return opened._replace(config=alone, others=tuple(config.reward.get("average", ())))
 
 
 @contextlib.contextmanager
@@ -374,11 +376,12 @@ def _report(config, opened, heads: Heads, threshold, scored, findings) -> dict[s
             "curves": found.curves,
         }
     return {
-        "model": opened.path,
+        "model": " + ".join((opened.path, *opened.others)),
         "tokenizer": opened.text.name,
         "heads": {"texts": heads.score or f"steps, {config.reward.get('aggregate', 'min')}"}
         | ({"steps": heads.step_scores} if heads.step_scores else {}),
         "threshold": float(np.exp(-np.logaddexp(0.0, -threshold))),
+        "threshold_from": config.reward.get("threshold_from", ""),
         "texts": {name: config.data.get(name) for name in names},
         "sets": sets,
     }

@@ -47,7 +47,7 @@ from rlhf_jax.continuations import (
 )
 from rlhf_jax.judge import Judge, check_judge, make_judge
 from rlhf_jax.label_samples import with_messages, write_lines
-from rlhf_jax.ops.step_labels import hard_labels, soft_labels
+from rlhf_jax.ops.step_labels import hard_labels
 from rlhf_jax.parts import open_parts, through_parts
 from rlhf_jax.policy_sampler import PolicySampler, check_problems
 from rlhf_jax.step_solutions import (
@@ -321,7 +321,7 @@ def labelled(
     right = np.array([outcomes[key] for key in asked], bool)
     right = right.reshape(len(asked), config.rollout.samples)
     hard = dict(zip(asked, np.asarray(hard_labels(right)).tolist(), strict=True))
-    soft = dict(zip(asked, np.asarray(soft_labels(right)).tolist(), strict=True))
+    soft = dict(zip(asked, right.mean(axis=1).tolist(), strict=True))  # `soft_labels` in float64
     held_out = round(found.problems * config.label.held_out)
     rows: dict[str, Lines] = {"steps": [], "held_out_steps": []}
     dropped: dict[str, int] = {}

@@ -129,14 +129,16 @@ def sample_findings(
 ) -> Findings:
     """Prompts with samples: best of K beside the mean, the oracle and "the longest"; AUC, Brier.
 
-    The curve is the unbiased one, up to the smallest number of samples that a prompt has.
-    ``best_of_loss`` is the mean over K of the oracle's curve less the model's.
+    The curve is the unbiased one, up to the number of samples that most prompts have; prompts with
+    fewer are not in it. ``best_of_loss`` is the mean over K of the oracle's curve less the model's.
     """
     correct = [np.asarray(item.correct, np.float64) for item in items]
-    sizes = list(range(1, min(map(len, correct)) + 1))
+    most = _commonest([len(z) for z in correct])
+    sizes, enough = list(range(1, most + 1)), np.array([len(z) >= most for z in correct])
     by = {"model": scores, "oracle": correct, "longest": lengths}
-    curves = {name: best_of_k_curves(_floats(s), correct, sizes) for name, s in by.items()}
-    most, drawn = sizes[-1], curves["model"].mean(axis=0)
+    curves = {name: _curves(_floats(s), correct, sizes, enough) for name, s in by.items()}
+    means = {name: np.nanmean(curve, axis=0) for name, curve in curves.items()}
+    drawn = means["model"]
     aucs, every, bits = (
         prompt_aucs(scores, correct),
         np.concatenate(scores),
@@ -144,31 +146,47 @@ def sample_findings(
     )
     share = float(bits.mean())
     numbers = {
-        "best_of_k": _mean(curves["model"][:, -1]),
+        "best_of_k": _mean(curves["model"][:, -1], groups),
         "k": Estimate(most),
+        "prompts_below_k": Estimate(int((~enough).sum())),
         "best_of_peak": Estimate(float(drawn.max())),
         "best_of_peak_k": Estimate(sizes[int(drawn.argmax())]),
-        "best_of_loss": Estimate(float((curves["oracle"] - curves["model"]).mean())),
-        "mean_correct": _mean(curves["model"][:, 0]),
-        "oracle_of_k": Estimate(float(curves["oracle"][:, -1].mean())),
-        "longest_of_k": Estimate(float(curves["longest"][:, -1].mean())),
-        "prompt_auc": _mean(aucs),
+        "best_of_loss": Estimate(float((means["oracle"] - means["model"]).mean())),
+        "mean_correct": _mean(curves["model"][:, 0], groups),
+        "oracle_of_k": Estimate(float(means["oracle"][-1])),
+        "longest_of_k": Estimate(float(means["longest"][-1])),
+        "prompt_auc": _mean(aucs, groups),
         "prompts_with_both": Estimate(int(np.isfinite(aucs).sum())),
-        "prompt_auc_longer": _mean(prompt_aucs(_floats(lengths), correct)),
+        "prompt_auc_longer": _mean(prompt_aucs(_floats(lengths), correct), groups),
         "auc": _bootstrapped(auc, scores, correct, resamples, seed),
         "balanced_accuracy": _bootstrapped(balanced_accuracy, scores, correct, resamples, seed),
         "majority_rate": Estimate(max(share, 1 - share)),
-        "length_correlation": _mean(within_prompt_correlations(lengths, scores)),
+        "length_correlation": _mean(
+            within_prompt_correlations(lengths, scores), groups, share=False
+        ),
         "mean_length": Estimate(float(np.concatenate(lengths).mean())),
     }
     numbers |= _calibrated(every, bits, np.repeat(groups, [len(z) for z in correct]))
 
     def of(kept: list[int]) -> Estimate:
-        return _mean(curves["model"][kept, -1])
+        return _mean(curves["model"][kept, -1], groups[kept])
 
     found = _with_categories(numbers, items, of)
-    drawn_curves = {name: curve.mean(axis=0).tolist() for name, curve in curves.items()}
-    return found._replace(sizes=sizes, curves=drawn_curves)
+    return found._replace(sizes=sizes, curves={name: mean.tolist() for name, mean in means.items()})
+
+
+def _commonest(counts: Sequence[int]) -> int:
+    """The number that occurs most often, the larger of two that do."""
+    values, often = np.unique(counts, return_counts=True)
+    return int(values[often == often.max()].max())
+
+
+def _curves(scores, correct, sizes, enough) -> Float[np.ndarray, "N J"]:
+    """Best of K by prompt; NaN for prompts that have too few samples."""
+    kept = np.flatnonzero(enough)
+    made = np.full((len(correct), len(sizes)), np.nan)
+    made[kept] = best_of_k_curves([scores[i] for i in kept], [correct[i] for i in kept], sizes)
+    return made
 
 
 def solution_findings(
@@ -209,7 +227,14 @@ def solution_findings(
         "blind_f1": Estimate(blind_f1(wanted)),
     }
     numbers |= _steps(items, step_scores, threshold, groups, resamples, seed)
-    return _with_categories(numbers, items, lambda kept: _share(hits[kept], groups[kept]))
+
+    def of(kept: list[int]) -> Estimate:
+        part = found[kept], wanted[kept]
+        if len(set(flawless[kept].tolist())) == 1:
+            return _share(hits[kept], groups[kept])
+        return Estimate(first_error(*part).f1, *first_error_interval(*part, seed=seed))
+
+    return _with_categories(numbers, items, of)
 
 
 def _steps(items, step_scores, threshold, groups, resamples, seed) -> dict[str, Estimate]:
@@ -271,7 +296,7 @@ def _agreed(votes) -> dict[str, Estimate]:
 
 def _ranked(items, scores, *, resamples, seed) -> dict[str, Estimate]:
     """How the models that wrote the answers are ranked, where three or more are named."""
-    named = [i for i, item in enumerate(items) if item.models is not None]
+    named = [i for i, item in enumerate(items) if len(set(item.models or ())) == 2]
     names = sorted({name for i in named for name in items[i].models})
     if len(names) < 3:
         return {}
@@ -329,12 +354,13 @@ def _share(values, groups) -> Estimate:
     return Estimate(float(values.mean()), *clustered_interval(values, groups))
 
 
-def _mean(values) -> Estimate:
-    """The mean of what is finite, over prompts."""
-    kept = values[np.isfinite(values)]
-    if len(kept) < 2:
+def _mean(values, groups, *, share: bool = True) -> Estimate:
+    """The mean of what is finite, over prompts; entries of one prompt depend on each other."""
+    finite = np.isfinite(values)
+    kept = values[finite]
+    if len(np.unique(groups[finite])) < 2:
         return Estimate(float(kept.mean()) if len(kept) else math.nan)
-    return Estimate(*prompt_interval(kept))
+    return Estimate(*prompt_interval(kept, share=share, groups=groups[finite]))
 
 
 def _bootstrapped(statistic, scores, labels, resamples, seed) -> Estimate:

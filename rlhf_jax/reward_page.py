@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlhf_jax.reward_numbers import LEAST
+
 Numbers = Mapping[str, Mapping[str, float | int | None]]
 
 # Kind of set -> title, what it says, and columns: their heading and the number they show.
@@ -49,7 +51,8 @@ _TABLES: Mapping[str, tuple[str, str, Sequence[tuple[str, str]]]] = {
         "Solutions in steps",
         "F1 is the harmonic mean of two accuracies: the first wrong step found exactly in "
         'solutions with an error, and "no error" said of those without. "blind F1" is the best '
-        "guess that looks at no solution. Steps are those that have a label.",
+        "guess that looks at no solution. Steps are those that have a label. Categories have their "
+        "F1, or where all of their solutions are of one kind the share told exactly.",
         (
             ("F1", "f1"),
             ("with error", "error_accuracy"),
@@ -70,16 +73,19 @@ def page(report: Mapping[str, Any]) -> str:
     """The whole page."""
     texts = ", ".join(f"{name} {value!r}" for name, value in report["texts"].items())
     heads = ", ".join(f"{name} by {head}" for name, head in report["heads"].items())
+    by = report["threshold_from"]
+    chosen = f", the best for the F1 of {by}, which is flattered by it" if by else ""
     lines = [
         "# A reward model on published sets",
         "",
         f"- model: `{report['model']}`, tokenizer `{report['tokenizer']}`",
-        f"- read: {heads}; a step is right above P = {report['threshold']:.3f}",
+        f"- read: {heads}; a step is right above P = {report['threshold']:.3f}{chosen}",
         f"- texts: {texts}",
         "",
         "Intervals are 95 %: of shares with the dependence of items that share a prompt, of means "
-        "over prompts, of areas and F1 by a bootstrap over texts. A dash is a number that the set "
-        "cannot give. All numbers are in `report.json`, all scores in `scores.jsonl`.",
+        "over prompts, of areas by a bootstrap over texts. A dash is a number that the set cannot "
+        f"give. The mean and the worst of categories leave out those of fewer than {LEAST} items. "
+        "All numbers are in `report.json`, all scores in `scores.jsonl`.",
     ]
     for kind, (title, said, columns) in _TABLES.items():
         sets = {k: one for k, one in report["sets"].items() if one["kind"] == kind}

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from rlhf_jax import build, roles
+from rlhf_jax import averages, build, roles
 from rlhf_jax.compile_watch import CompileWatch
 from rlhf_jax.fit import check_rows, head_names
 from rlhf_jax.mesh import fetch_host
@@ -47,7 +47,7 @@ def report(config: ConfigDict, watch: CompileWatch) -> dict[str, float]:
     heads = {"outcome_head": "outcome", "process_head": "process"} | head_names(described)
     numbers: dict[str, float] = {}
     with jax.set_mesh(mesh):
-        params = roles.load(folder, mesh, rules)
+        params = averages.load(averages.folders_of(config.reward), mesh, rules)
         forward = jax.jit(lambda params, texts: evaluate_texts(model, params, {}, texts).scores)
         for label, section in config.reward.sources.items():
             source = build.examples(f"reward.sources.{label}", section, text, config.seed)
@@ -95,10 +95,12 @@ def _pairs(batches: Iterator[tuple[Pairs, int]], score, heads: Mapping[str, str]
         prompts += _prompts(kept, batch.chosen)
     label = np.concatenate(labels)
     decided = label != 0.5
+    if not decided.any():
+        raise ValueError(f"all {len(label)} held-out pairs are undecided (label 0.5)")
     size = [np.concatenate(side).astype(np.float32) for side in zip(*lengths, strict=True)]
 
     def agrees(chosen, rejected):
-        right = np.asarray(pair_correct(chosen, rejected))
+        right = np.asarray(pair_correct(chosen, rejected), np.float64)
         return np.where(label > 0.5, right, 1 - right)[decided]
 
     right = agrees(*(np.concatenate(found) for found in sides.values()))

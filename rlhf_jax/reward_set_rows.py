@@ -77,9 +77,14 @@ def read_set(label: str, section: ConfigDict, data: ConfigDict, text: Tokenizer)
         options = values.pop("options", None)
         source = open_records(**values, options=None if options is None else options.to_dict())
         counts: collections.Counter[str] = collections.Counter()
-        items = _items(source, read, section.get("limit", 0), counts)
-        if kind == "samples":
-            items = _sampled(items, section.get("pass_rates", (0.0, 1.0)), counts)
+        limit = section.get("limit", 0)
+        if limit < 0:
+            raise ValueError(f"limit={limit}; wanted a number of records, or 0 for all")
+        if kind == "samples":  # of prompts, which may be spread over several records
+            items = _items(source, read, 0, counts)
+            items = _spread(_sampled(items, section.get("pass_rates", (0.0, 1.0)), counts), limit)
+        else:
+            items = _items(source, read, limit, counts)
         entries = []
         for record, item in items:
             with within(place(source, record)):
@@ -94,12 +99,8 @@ def read_set(label: str, section: ConfigDict, data: ConfigDict, text: Tokenizer)
 
 def _items(source: RecordSource, read, limit: int, counts) -> list[tuple[int, Any]]:
     """The items of the records with the records' numbers; a limit spreads over all of them."""
-    total = len(source)
-    if limit < 0:
-        raise ValueError(f"limit={limit}; wanted a number of records, or 0 for all")
-    kept = np.unique(np.linspace(0, total - 1, limit).astype(int)) if limit else range(total)
     items = []
-    for record in map(int, kept):
+    for record in _spread(range(len(source)), limit):
         with within(place(source, record)):
             found = read(source[record])
             for item in found:
@@ -108,6 +109,13 @@ def _items(source: RecordSource, read, limit: int, counts) -> list[tuple[int, An
         counts["unlabelled"] += not found
         items += [(record, item) for item in found]
     return items
+
+
+def _spread(items: Sequence[Any], limit: int) -> Sequence[Any]:
+    """`limit` of the items or fewer, over all of them; 0 takes all."""
+    if not limit:
+        return items
+    return [items[int(i)] for i in np.unique(np.linspace(0, len(items) - 1, limit).astype(int))]
 
 
 def _sampled(items: list[tuple[int, Samples]], pass_rates: Sequence[float], counts):
@@ -167,7 +175,11 @@ def _encode(form: Form, item: Any, data: ConfigDict, counts) -> tuple[Any, list[
     counts["overlong"] += 1
     if data.overlong == "skip" or isinstance(item, Solution):
         return None
-    return item, [row._replace(tokens=row.tokens[:limit]) for row in rows]
+    cut = [row._replace(tokens=row.tokens[:limit]) for row in rows]
+    if isinstance(item, Pair) and cut[0] == cut[1]:
+        counts["equal_sides"] += 1
+        return None
+    return item, cut
 
 
 def _row(form: Form, prompt: Prompt, text: str, ended: bool) -> Row:

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from rlhf_jax.data.examples import flag, pick
 from rlhf_jax.data.prompts import PromptSource
 from rlhf_jax.data.sources import Record, open_source, place
+from rlhf_jax.data.steps import check_joined
 from rlhf_jax.mesh import fetch_host
 from rlhf_jax.policy_sampler import PolicySampler
 from rlhf_jax.schema import within
@@ -107,6 +108,8 @@ def read_solution(
             raise ValueError(f"steps hold {listed!r:.60}; wanted a list of texts, one per step")
         listed = [step for step in listed if step.strip(BLANK)]
         written = "\n".join(listed)
+        if TEXTS[0] in record:
+            check_joined(written, pick(record, TEXTS[:1]), "steps", TEXTS[0])
     else:
         written = pick(record, TEXTS)
     if not written.strip(BLANK):

@@ -88,10 +88,9 @@ class Draws:
         self._encode = encode
         self._encoded = functools.lru_cache(maxsize=_KEPT)(self._read)
         self._offsets = np.cumsum([0, *(len(source) for source in self.sources)]).tolist()
-        self._kept, self.num_overlong = self._scan(length, limit, limit_name, overlong)
-        self.num_flaws: dict[str, int] = {}
-        if flaw is not None:
-            self._kept = self._without_flaws(flaw)
+        flaws = _Flaws(flaw)
+        self._kept, self.num_overlong = self._scan(length, limit, limit_name, overlong, flaws)
+        self.num_flaws = flaws.counts
         if select is not None:
             self._kept = self._selected(select)
         self._shuffle, self._order = shuffle, self._drawn_by(seed, shuffle)
@@ -150,25 +149,9 @@ class Draws:
         found = place(self.sources[source], record)
         return f"source {source}, {found}" if found == f"record {record}" else found
 
-    def _without_flaws(self, flaw: Callable[[Any], Flaw | None]) -> list[tuple[int, int]]:
-        kept, first = [], {}
-        for at in self._kept:
-            found = flaw(self._encoded(*at))
-            if found is not None:
-                self.num_flaws[found.what] = self.num_flaws.get(found.what, 0) + 1
-                first.setdefault(found, self.place(*at))
-            if found is None or not found.useless:
-                kept.append(at)
-        for found, at in first.items():
-            done = "left out" if found.useless else "kept"
-            message = "%s: %d of %d records that fit (%s): %s, the first"
-            _log.warning(message, found.what, self.num_flaws[found.what], len(self._kept), done, at)
-        if not kept:
-            counts = ", ".join(f"{what}: {count}" for what, count in self.num_flaws.items())
-            raise ValueError(f"no records are left of {len(self._kept)} that fit; {counts}")
-        return kept
-
-    def _scan(self, length, limit, limit_name, overlong) -> tuple[list[tuple[int, int]], int]:
+    def _scan(
+        self, length, limit, limit_name, overlong, flaws: "_Flaws"
+    ) -> tuple[list[tuple[int, int]], int]:
         kept, count, first = [], 0, ""
         for source, records in enumerate(self.sources):
             for record in range(len(records)):
@@ -178,7 +161,8 @@ class Draws:
                     first = first or f"{self.place(source, record)} has {tokens} tokens"
                     if overlong != "truncate":
                         continue
-                kept.append((source, record))
+                if flaws.passes(self._encoded(source, record), (source, record)):
+                    kept.append((source, record))
         total = self._offsets[-1]
         if count and overlong == "error":
             raise ValueError(
@@ -189,9 +173,36 @@ class Draws:
             done = "skipped" if overlong == "skip" else "truncated"
             message = "%s %d of %d records over %s=%d: %s"
             _log.warning(message, done, count, total, limit_name, limit, f"{first}, the first")
+        flaws.report(total, self.place)
         if not kept:
+            found = "".join(f"; {what}: {number}" for what, number in flaws.counts.items())
             raise ValueError(
                 f"no records are left: {total} in {len(self.sources)} sources, {count} of them "
-                f"over {limit_name}={limit}"
+                f"over {limit_name}={limit}{found}"
             )
         return kept, count
+
+
+class _Flaws:
+    """Counts what is wrong with records, and knows the first of each kind."""
+
+    def __init__(self, flaw: Callable[[Any], Flaw | None] | None):
+        self._flaw = flaw
+        self._first: dict[Flaw, tuple[int, int]] = {}
+        self.counts: dict[str, int] = {}
+
+    def passes(self, encoded: Any, at: tuple[int, int]) -> bool:
+        """Whether a record is kept."""
+        found = None if self._flaw is None else self._flaw(encoded)
+        if found is None:
+            return True
+        self._first.setdefault(found, at)
+        self.counts[found.what] = self.counts.get(found.what, 0) + 1
+        return not found.useless
+
+    def report(self, total: int, place: Callable[[int, int], str]) -> None:
+        """One warning for each kind."""
+        for found, at in self._first.items():
+            done = "left out" if found.useless else "kept"
+            message = "%s: %d of %d records (%s): %s, the first"
+            _log.warning(message, found.what, self.counts[found.what], total, done, place(*at))

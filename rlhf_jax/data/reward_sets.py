@@ -185,11 +185,16 @@ def rm_bench(record: Record) -> list[Pair]:
     better, worse = (read_texts(record, name) for name in ("chosen", "rejected"))
     if len(better) != len(worse):
         raise ValueError(f"{len(better)} chosen but {len(worse)} rejected; wanted as many styles")
-    prompt, domain = read_prompt(record, "prompt"), pick(record, ("domain",))
+    prompt, part = read_prompt(record, "prompt"), pick(record, ("domain",))
+    domain = part.partition("-")[0]  # safety-refuse and safety-response are one of four
     levels = {-1: "hard", 0: "normal", 1: "easy"}
     return [
         Pair(
-            prompt, good, bad, {"domain": domain, "level": levels[(i > j) - (i < j)]}
+            prompt,
+            good,
+            bad,
+            {"domain": domain, "level": levels[(i > j) - (i < j)]}
+            | ({"part": part} if part != domain else {}),
         )
         for i, good in enumerate(better)
         for j, bad in enumerate(worse)

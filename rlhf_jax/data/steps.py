@@ -13,7 +13,7 @@ from rlhf_jax.data.forms import Form
 from rlhf_jax.data.sources import Record, RecordSource
 from rlhf_jax.text.steps import BLANK, mark_host_step_ends, split_steps, token_tables
 from rlhf_jax.text.tokenizer import Tokenizer
-from rlhf_jax.types import Steps
+from rlhf_jax.types import Steps, TokenTables
 
 
 class _Solution(NamedTuple):
@@ -57,7 +57,10 @@ def step_labels(
         text, spread = _lines(record, steps, labels, completion)
         if len(spread) > 1 and not tables.ends_step.any():
             raise ValueError("the vocabulary has no line break, so solutions have no steps")
-        return _Solution(form.written(record, text), spread)
+        row = form.written(record, text)
+        if len(row.tokens) <= max_length:
+            _check_ends(row, len(spread), tables, form)
+        return _Solution(row, spread)
 
     def collate(drawn: Sequence[Drawn]) -> Steps:
         found: list[_Solution] = [one.encoded for one in drawn]
@@ -66,16 +69,10 @@ def step_labels(
         solution = texts.mask & (np.arange(max_length)[None] >= prompt)
         marked = mark_host_step_ends(texts.tokens, solution, tables)
         ends, values = np.zeros(marked.shape, bool), np.zeros(marked.shape, np.float32)
-        for index, (one, place) in enumerate(zip(found, drawn, strict=True)):
+        for index, one in enumerate(found):
             columns = np.flatnonzero(marked[index]).tolist()
             if len(one.row.tokens) > max_length:
                 columns = columns[:-1]  # the end of the row, not of a step
-            elif len(columns) != len(one.labels):
-                raise ValueError(
-                    f"source {place.source}, record {place.record}: {len(one.labels)} lines but "
-                    f"tokens mark {len(columns)} ends; a token holds several lines"
-                    + (", or the chat template writes lines of its own" if form.chat else "")
-                )
             for column, label in zip(columns, one.labels, strict=False):
                 if label is not None:
                     ends[index, column], values[index, column] = True, label
@@ -111,11 +108,22 @@ def _lines(
     found = [pair for pair in zip(given, known, strict=True) if pair[0].strip(BLANK)]
     text = "\n".join(step for step, _ in found) if listed else pick(record, completion)
     if listed and completion[0] in record:
-        _check_joined(text, pick(record, completion[:1]), steps, completion[0])
+        check_joined(text, pick(record, completion[:1]), steps, completion[0])
     spread: list[float | None] = []
     for step, label in found:
         spread += [None] * (len(split_steps(step)) - 1) + [label]
     return text, spread or [None]
+
+
+def _check_ends(row: Row, lines: int, tables: TokenTables, form: Form) -> None:
+    """Raises a ValueError unless a row's tokens end as many steps as its solution has lines."""
+    tokens = np.array([row.tokens], np.int32)
+    ends = mark_host_step_ends(tokens, np.arange(tokens.shape[1])[None] >= row.prompt, tables)
+    if int(ends.sum()) != lines:
+        raise ValueError(
+            f"{lines} lines but tokens mark {int(ends.sum())} ends; a token holds several lines"
+            + (", or the chat template writes lines of its own" if form.chat else "")
+        )
 
 
 def _listed(record: Record, name: str) -> list[str]:
@@ -126,7 +134,7 @@ def _listed(record: Record, name: str) -> list[str]:
     return list(given)
 
 
-def _check_joined(text: str, whole: str, steps: str, completion: str) -> None:
+def check_joined(text: str, whole: str, steps: str, completion: str) -> None:
     """Raises a ValueError unless both have the same lines, up to blank ones and blanks around."""
     ours, theirs = (
         [line.strip(BLANK) for line in split_steps(one) if line.strip(BLANK)]

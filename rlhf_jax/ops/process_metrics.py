@@ -64,19 +64,25 @@ def first_error_interval(
     resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """The 95 % interval of F1 by a bootstrap over solutions, with and without error apart.
+    """The 95 % interval of F1 from those of its two accuracies, which are independent.
 
-    Drawing n solutions of which a share p was told right gives binomial counts, so these are drawn.
+    Of each accuracy, k of n, draws come from Beta(k + ½, n − k + ½), its posterior under Jeffreys'
+    prior, so the interval is not empty where all or none are told right. Solutions of one problem
+    count as independent.
     """
     told, flawed = first_error(found, wanted), np.asarray(wanted) != NO_ERROR
     rng = np.random.default_rng(seed)
     many = int(flawed.sum())
     if not 0 < many < len(flawed):
         return math.nan, math.nan
-    a = rng.binomial(many, told.error_accuracy, resamples) / many
-    b = rng.binomial(len(flawed) - many, told.correct_accuracy, resamples) / (len(flawed) - many)
-    total = np.where(a + b > 0, a + b, 1.0)
-    low, high = np.quantile(2 * a * b / total, (0.025, 0.975))
+
+    def drawn(share, total):
+        right = share * total
+        return rng.beta(right + 0.5, total - right + 0.5, resamples)
+
+    a = drawn(told.error_accuracy, many)
+    b = drawn(told.correct_accuracy, len(flawed) - many)
+    low, high = np.quantile(2 * a * b / (a + b), (0.025, 0.975))
     return float(low), float(high)
 
 

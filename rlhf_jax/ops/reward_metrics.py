@@ -293,13 +293,23 @@ def mean_interval(values: Float[Array, " M"], *, level: float = 0.95) -> tuple[f
     return mean, mean - reach, mean + reach
 
 
-def prompt_interval(values: Float[Array, " N"]) -> tuple[float, float, float]:
-    """(mean, low, high), 95 %, of one value for each of N prompts: `clustered_interval` where all
-    lie in [0, 1], else `mean_interval`."""
+def prompt_interval(
+    values: Float[Array, " N"], *, share: bool, groups: Shaped[np.ndarray, " N"] | None = None
+) -> tuple[float, float, float]:
+    """(mean, low, high), 95 %, of one value for each of N prompts.
+
+    Args:
+        share: the values lie in [0, 1], and so do low and high (`clustered_interval`); else see
+            `mean_interval`.
+        groups: values of one group depend on each other; None: each is a group of its own.
+    """
     found = _floats(values)
-    if len(found) > 1 and found.min() >= 0 and found.max() <= 1:
-        return float(found.mean()), *clustered_interval(found, np.arange(len(found)))
-    return mean_interval(found)
+    place = np.arange(len(found)) if groups is None else np.asarray(groups)
+    if share:
+        return float(found.mean()), *clustered_interval(found, place)
+    _, place = np.unique(place, return_inverse=True)
+    mean, low, high = mean_interval(np.bincount(place, weights=found) / np.bincount(place))
+    return mean, low, high
 
 
 def _by_score(scores, gold):

@@ -39,7 +39,10 @@ _SAID = re.compile(
 )
 _ALONE = re.compile(rf"^{_BEFORE}{_LETTER.format('said')}{_AFTER}$", re.MULTILINE)
 _BRACKETS = re.compile(r"\((?P<said>[A-J])\)")
-_MARKED = re.compile(rf"{_BEFORE}([A-Ja-j])(?![A-Za-z0-9]).*", re.DOTALL)
+# "I would say C" and "a matter of taste" begin with words, not with letters.
+_MARKED = re.compile(
+    rf"{_BEFORE}([A-Ja-j])(?![A-Za-z0-9'’])(?!(?<=[AIai])\s+[A-Za-z]).*", re.DOTALL
+)
 _PLAIN = re.compile(r"\s*\(?([A-Ja-j])[).]?\s*")
 
 

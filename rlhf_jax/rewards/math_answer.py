@@ -149,7 +149,7 @@ def reference_answer(value: Any, *, marker: str = "####") -> str:
     text = str(value)
     marked = marker in text or _BOX.search(text)
     found = final_answer(text, marker=marker) if marked else text.strip()
-    if not found or not plain(found) or not _readable(found):
+    if not found or not _readable(found) or not plain(found):
         raise ValueError(
             f"no answer of at most {LONGEST} characters in the record's {text[-80:]!r}; wanted a "
             "number, an answer, or a solution that ends in \\boxed{{...}} or {marker} ..."

@@ -96,11 +96,11 @@ def test_pairs_that_teach_nothing_are_left_out(caplog):
     }
     assert len(made) == 2  # an empty answer is an answer
     assert made.batch(0, slice(None), 2).record.tolist() == [1, 3]
-    assert "two equal sides: 2 of 6 records that fit (left out): source 0, record 0" in caplog.text
-    assert "empty completions: 1 of 6 records that fit (kept): source 0, record 3" in caplog.text
+    assert "two equal sides: 2 of 6 records (left out): source 0, record 0" in caplog.text
+    assert "empty completions: 1 of 6 records (kept): source 0, record 3" in caplog.text
     # Cut to the same tokens, two sides are equal.
     assert pairs([[good, {"prompt": "a", "chosen": "bbbbc", "rejected": "bbbbd"}]], TEXT, **values)
-    with pytest.raises(ValueError, match=r"no records are left of 2 .*two equal sides: 2"):
+    with pytest.raises(ValueError, match=r"no records are left: 2 .*two equal sides: 2"):
         pairs([[equal, equal]], TEXT, **COMMON)
 
 

@@ -100,8 +100,8 @@ def test_solutions_without_a_labelled_step_are_left_out(caplog):
     made = step_labels([[none[0], good, none[1]]], TEXT, **COMMON)
     assert len(made) == 1 and made.num_flaws == {"solutions without a labelled step": 2}
     assert read(made) == [[(2, 1.0)]]
-    assert "2 of 3 records that fit (left out): source 0, record 0, the first" in caplog.text
-    with pytest.raises(ValueError, match=r"no records are left of 2 .*without a labelled step: 2"):
+    assert "2 of 3 records (left out): source 0, record 0, the first" in caplog.text
+    with pytest.raises(ValueError, match=r"no records are left: 2 .*without a labelled step: 2"):
         step_labels([none], TEXT, **COMMON)
 
 

@@ -29,6 +29,16 @@ def test_auc_against_all_pairs():
     assert math.isnan(rm.auc(scores, np.ones(40)))
 
 
+def test_kappa_by_hand():
+    # They agree on 4 of 5; by chance on 2/5 · 3/5 + 2/5 · 1/5 + 1/5 · 1/5 = 9/25.
+    first, second = np.array([0, 0, 1, 1, 2]), np.array([0, 0, 0, 1, 2])
+    assert rm.cohen_kappa(first, second) == pytest.approx((20 - 9) / (25 - 9), abs=1e-12)
+    assert rm.cohen_kappa(first, first) == 1.0
+    assert rm.cohen_kappa(np.array([0, 1]), np.array([1, 0])) == -1.0
+    assert rm.cohen_kappa(np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])) == 0.0
+    assert math.isnan(rm.cohen_kappa(np.ones(3), np.ones(3)))
+
+
 def test_balanced_accuracy_ignores_how_many_there_are_of_each():
     scores, labels = np.array([1.0, -1.0, -2.0, -3.0, 4.0]), np.array([1, 1, 0, 0, 0])
     assert rm.balanced_accuracy(scores, labels) == pytest.approx(0.5 * (1 / 2 + 2 / 3))
@@ -91,11 +101,16 @@ def test_mean_interval_by_hand_and_its_coverage():
 
 
 def test_prompt_intervals_of_shares_stay_shares():
-    mean, low, high = rm.prompt_interval(np.array([0.0, 0.0, 1.0]))
+    mean, low, high = rm.prompt_interval(np.array([0.0, 0.0, 1.0]), share=True)
     assert mean == pytest.approx(1 / 3) and 0 <= low < mean < high <= 1
-    assert rm.prompt_interval(np.ones(5))[1] < 1.0  # five successes do not prove it always works
+    # Five successes do not prove that it always works.
+    assert rm.prompt_interval(np.ones(5), share=True)[1] < 1.0
     values = np.array([-1.0, 0.5, 2.0])
-    assert rm.prompt_interval(values) == rm.mean_interval(values)
+    assert rm.prompt_interval(values, share=False) == pytest.approx(rm.mean_interval(values))
+    # Values that come again within a group say nothing new.
+    twice, groups = np.repeat(values, 2), np.repeat([5, 1, 3], 2)
+    again = rm.prompt_interval(twice, share=False, groups=groups)
+    assert again == pytest.approx(rm.mean_interval(values))
 
 
 def test_scores_that_are_not_numbers_have_no_order():

@@ -71,10 +71,28 @@ def stories(place: Place) -> None:
     pipeline(config_of("stories", argument), str(place.workdir / "stories"))
 
 
+# What the cards of reward models say of these sets; no commas.
+ABOUT = {
+    "ukp_convarg1": dict(
+        origin="UKPConvArg1Strict (Habernal and Gurevych 2016; github.com/UKPLab)",
+        annotators="crowd workers of Amazon Mechanical Turk; five for each pair",
+        aggregation="MACE; pairs of doubtful or contradictory votes were left out",
+        licence="CC BY 4.0",
+    ),
+    "hh_rlhf": dict(
+        origin="HH-RLHF (Bai et al. 2022; github.com/anthropics/hh-rlhf)",
+        annotators="crowd workers in the USA; one for each pair",
+        aggregation="one choice",
+        licence="MIT",
+    ),
+}
+
+
 def pairs_argument(place: Place, name: str, **values: Any) -> str:
     """The argument of configs/pairs.py for the train and test files of a set."""
     folder = place.data / name
     paths = dict(train=folder / "train.jsonl.gz", test=folder / "test.jsonl.gz")
+    values |= ABOUT[name] | dict(model_licence="not for release")
     return ",".join(f"{key}={value}" for key, value in (paths | values).items())
 
 

@@ -30,6 +30,8 @@ FORMS = (
     "processbench",
     "prmbench",
 )
+# PPE leaves out prompts that nearly always or nearly never come out right.
+KEPT = {"ppe_correctness": dict(pass_rates=(0.1, 0.9))}
 
 
 def source(path: str) -> str:
@@ -71,7 +73,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             ),
             resamples=300,  # of the bootstrap
             reward_sets={
-                form: dict(form=form, name=source(args[form]), limit=args.limit)
+                form: dict(form=form, name=source(args[form]), limit=args.limit, **KEPT.get(form, {}))
                 for form in FORMS
                 if args[form]
             },

@@ -1,7 +1,12 @@
 """An outcome reward model from a file of preference pairs, and what it is worth on another file.
 
-    python -m rlhf_jax.pipeline \
-        --config=configs/pairs.py:train=TRAIN.jsonl.gz,test=TEST.jsonl.gz --workdir=runs/pairs
+    ABOUT=origin=unknown,annotators=unknown,aggregation=unknown,licence=unknown,model_licence=unknown
+    python -m rlhf_jax.pipeline --workdir=runs/pairs \
+        --config=configs/pairs.py:train=TRAIN.jsonl.gz,test=TEST.jsonl.gz,$ABOUT
+
+ABOUT goes into the card that is saved with the model: who made the pairs, who judged, how
+judgements became choices, the licence of the pairs and that of the model, in words without commas.
+Say what you know; "unknown" must be said too.
 
 Each line of a file has ``prompt``, ``chosen`` and ``rejected``. With ``dialogue`` it has whole
 dialogues ``chosen`` and ``rejected`` in the form of HH-RLHF, which share all but the last reply.
@@ -41,6 +46,16 @@ def pairs(args: ConfigDict, path: str, rows: int) -> dict:
     )
 
 
+def card(args: ConfigDict) -> dict:
+    """What the reward model's card says of its data and limits: what the arguments say."""
+    names = ("origin", "annotators", "aggregation", "licence")
+    return dict(
+        sources=dict(pairs={name: args[name] for name in names}),
+        licence=args.model_licence,
+        limits=("It knows the prompts and replies of one file, and the taste of who judged them.",),
+    )
+
+
 def reward(args: ConfigDict) -> dict:
     """The outcome model."""
     start = dict(init_from=args.model) if args.model else dict(name=args.size, init_from="")
@@ -57,6 +72,7 @@ def reward(args: ConfigDict) -> dict:
         updates=dict(microbatches=1, centre_coef=0.01),
         train=dict(steps=args.steps, max_skipped=3),
         eval=dict(every=1_000_000, sources=dict()),
+        card=card(args),
         checkpoint=dict(every=100, keep=1),
         log=dict(every=10, samples_every=1_000_000, samples=0, show=("pairs/accuracy",)),
     )
@@ -99,6 +115,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
         train="train.jsonl.gz",
         test="test.jsonl.gz",
         dialogue=False,
+        origin="",
+        annotators="",
+        aggregation="",
+        licence="",
+        model_licence="",
         tokenizer="byte",
         model="",
         size="small",

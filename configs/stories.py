@@ -124,6 +124,24 @@ def pairs(file: str, rows: int) -> dict:
     )
 
 
+def card() -> dict:
+    """What the reward model's card says of its data and limits."""
+    source = dict(
+        origin="stories that the pretrained model continued from beginnings written in this config",
+        annotators="no people: a rule that counts happy words",
+        aggregation="of two stories, the one with more of the words is chosen; ties are left out",
+        licence="that of the pretrained model",
+    )
+    return dict(
+        sources=dict(pairs=source, held_out=source),
+        licence="that of the pretrained model",
+        limits=(
+            "It was taught a list of words and not what makes a story good or happy.",
+            "It knows stories of one small model, of some 60 tokens.",
+        ),
+    )
+
+
 def reward(args: ConfigDict) -> dict:
     """An outcome model that starts from the pretrained weights."""
     return dict(
@@ -136,6 +154,7 @@ def reward(args: ConfigDict) -> dict:
         updates=dict(microbatches=1, centre_coef=0.01),
         train=dict(steps=2 if args.small else 100, max_skipped=3),
         eval=dict(every=1000, sources=dict(held_out=pairs("held_out_pairs.jsonl", 4))),
+        card=card(),
     )
 
 

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_jax import build, program, reward_report, roles, run_folder
+from rlhf_jax import averages, build, program, reward_report, roles, run_folder
 from rlhf_jax.compile_watch import CompileWatch
 from rlhf_jax.evaluate_benchmarks import evaluate_benchmarks
 from rlhf_jax.evaluate_best_of import evaluate_best_of
@@ -188,6 +188,7 @@ def check_reward(
     text = build.tokenizer(config)
     with within("reward.init_from"):
         run_folder.read_models(config.reward.init_from)
+    averages.check_average("reward", config.reward)
     for label, section in config.reward.sources.items():
         if not later(section):
             path = f"reward.sources.{label}"
@@ -212,6 +213,7 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, float | int]:
     check_config(config)
     check_reward(config)
     roles.check_start("reward", config.reward.init_from)
+    averages.check_starts("reward", config.reward)
     origin = config.get("reference", "")
     samplers = {}
     for stage in sorted(config.policies, key=lambda name: name != origin):  # what all start from

@@ -20,7 +20,8 @@ same form, so its scores are the mean of theirs, or what `rlhf_jax.ops.ensemble`
 With ``--adapters`` the adapters of a run are written as they are, in PEFT's format, beside the name
 of the model they were trained on. Else they are merged.
 
-Tokenizer, chat template and generation settings are those that the run began with (its base/).
+Tokenizer, chat template and generation settings are those that the run began with (its base/). A
+reward model takes its card along, as README.md and card.json (see `rlhf_jax.card`).
 ``DIR`` can be the ``init_from`` of another run.
 """
 
@@ -34,7 +35,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rlhf_jax import base_files, program, roles, run_folder
+from rlhf_jax import base_files, card, card_page, program, roles, run_folder
 from rlhf_jax.mesh import ShardingRules, make_mesh
 from rlhf_jax.models.config import DTYPES, ModelConfig
 from rlhf_jax.models.families import architecture, family_of
@@ -98,6 +99,7 @@ def export(
     text = _tokenizer(workdir)
     token_ids = _token_ids(text, subject.what, pad_token_id)
     files = _files(workdir, text, subject.what, token_ids, changed_pad=pad_token_id >= 0)
+    files |= _card(workdir, subject, dtype=dtype or trained.param_dtype, member=member)
     published = _published(workdir, config, subject)
     if published is not None:  # which knows its own
         changed = subject.what != "policy" or pad_token_id >= 0
@@ -303,6 +305,19 @@ def _files(
     if what != "policy":
         files.pop(base_files.GENERATION, None)
     return files
+
+
+def _card(workdir: str, subject: Subject, *, dtype: str, member: int) -> dict[str, bytes]:
+    """The card of a reward model as the README.md that the hub shows, and as it is."""
+    if subject.role != "reward":
+        return {}
+    facts = card.read(workdir)
+    if facts is None:
+        _log.warning("%s has no %s: the folder is without a card", workdir, card.JSON)
+        return {}
+    exported = dict(what=subject.what, dtype=dtype) | (dict(member=member) if member >= 0 else {})
+    page = card_page.page(facts, exported).encode()
+    return {"README.md": page, card.JSON: json_bytes(facts | {"exported": exported})}
 
 
 def _set_pad(files: dict[str, bytes], pad: int) -> bytes:

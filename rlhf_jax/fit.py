@@ -5,6 +5,7 @@ step labels and scalar heads instead. Checkpoints, resume and logs are those of 
 """
 
 import dataclasses
+import pathlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -38,6 +39,8 @@ from rlhf_jax.training.supervised import (
 )
 from rlhf_jax.training.update import compile_update
 from rlhf_jax.types import Mixture, Params, RunState
+
+Conclude = Callable[[pathlib.Path, RunState, Mapping[str, float | None]], None]
 
 
 class Fit(NamedTuple):
@@ -89,6 +92,13 @@ def check(config: ConfigDict, role: str, kinds: tuple[str, ...], **changes: Any)
         check_smoothing(described, smoothing)
     if smoothing and not _smoothed(config):
         raise ValueError(f"updates.smoothing={smoothing} but no source is of kind pairs")
+    for part, sections in (("sources", config.sources), ("eval.sources", config.eval.sources)):
+        for label, head in own_heads(sections).items():
+            if head not in described.score_heads:
+                raise ValueError(
+                    f"{part}.{label}.head={head!r}; reward.score_heads has "
+                    f"{', '.join(described.score_heads) or 'none'}"
+                )
     for label, section in config.sources.items():
         with within(f"sources.{label}.max_length"):
             check_positions(described, section.max_length)
@@ -193,7 +203,7 @@ def evaluator(fit: Fit):
     if not fit.held_out:
         return lambda params, frozen: {}
     sections = fit.config.eval.sources
-    heads = head_names(fit.described)
+    heads = head_names(fit.described) | dict(heads=own_heads(sections))
     steps = {
         name: jax.jit(
             make_supervised_evaluate(fit.model, {name: 1.0}, role=fit.role, **heads),
@@ -221,8 +231,18 @@ def head_names(model: ModelConfig) -> dict[str, str]:
     return {}
 
 
-def run(fit: Fit, workdir: str) -> RunState:
-    """The loop. Resumes if ``workdir`` has a checkpoint."""
+def own_heads(sections: ConfigDict) -> dict[str, str]:
+    """The heads of the sources that name one themselves."""
+    return {label: section.head for label, section in sections.items() if "head" in section}
+
+
+def run(fit: Fit, workdir: str, conclude: Conclude | None = None) -> RunState:
+    """The loop. Resumes if ``workdir`` has a checkpoint.
+
+    Args:
+        conclude: gets the run's folder, its last state, which is saved, and its last numbers,
+            before summary.json says that the run is done.
+    """
     started = time.time()
     config = fit.config
     roles.check_start("model", config.model.get("init_from", ""))
@@ -239,6 +259,7 @@ def run(fit: Fit, workdir: str) -> RunState:
             microbatches=config.updates.microbatches,
             centre_coef=config.updates.get("centre_coef", 0.0),
             smoothing=config.updates.get("smoothing", 0.0),
+            heads=own_heads(config.sources),
             **head_names(fit.described),
         )
         update = compile_update(step_fn, state.train, fit.mesh)
@@ -258,5 +279,7 @@ def run(fit: Fit, workdir: str) -> RunState:
                 metrics = add(metrics, evaluate(train.params, frozen))
             log.metrics(step, metrics)
             log.checkpoint(step + 1, state)
+        if conclude is not None:
+            conclude(folder, state, log.settle(config.train.steps, state))
         log.finish(config.train.steps, state, started)
     return state

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 from numpy import ndarray
 
-from rlhf_jax import build, roles
+from rlhf_jax import averages, build, roles
 from rlhf_jax.judge import Judge, make_judge, total
 from rlhf_jax.mesh import ShardingRules
 from rlhf_jax.models.config import ModelConfig
@@ -98,6 +98,7 @@ def _plan(label: str, config: ConfigDict, changes: dict[str, Any]) -> _Plan:
     )
     roles.check_heads(path, folder, changes["score_heads"])
     roles.check_start(path, folder)
+    averages.check(path, section)
     theirs = {label: own[label]} if label in own else {}
     writer = writers(config, theirs, {label: described.vocab_size}).get(label)
     return _Plan(config, label, _weighed(section), mesh, rules, described, writer)
@@ -107,7 +108,8 @@ def _load(plan: _Plan) -> Any:
     """The parameters, sharded."""
     model, place = decoder(plan.described, plan.rules), (plan.mesh, plan.rules)
     with jax.set_mesh(plan.mesh):
-        known = roles.load(plan.section.init_from, *place, dtype=plan.described.param_dtype)
+        folders = averages.folders_of(plan.section)
+        known = averages.load(folders, *place, dtype=plan.described.param_dtype)
         key = step_key(plan.config.seed, Purpose.INIT_REWARD, 0)
         return roles.fill(model, known, key, *place)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from rlhf_jax import roles, run_folder
+from rlhf_jax import averages, roles, run_folder
 from rlhf_jax.base_files import OwnTokenizer, own_tokenizer
 from rlhf_jax.mesh import ShardingRules
 from rlhf_jax.models.config import DTYPES, ModelConfig
@@ -29,11 +29,15 @@ from rlhf_jax.types import Params
 
 
 class ModelFolder(NamedTuple):
-    """A folder that was looked at; no parameters are read yet."""
+    """A folder that was looked at; no parameters are read yet.
+
+    others: more folders of such models, whose weights are averaged with those of the first.
+    """
 
     path: str
     config: ModelConfig
     text: Tokenizer
+    others: tuple[str, ...] = ()
 
 
 def open_model(
@@ -85,7 +89,7 @@ def open_model(
 def load_params(model: ModelFolder, mesh: Mesh, rules: ShardingRules) -> Params:
     """The parameters in the type of ``model.config``, adapters merged, sharded."""
     dtype = model.config.param_dtype
-    loaded = roles.load(model.path, mesh, rules, dtype=dtype)
+    loaded = averages.load((model.path, *model.others), mesh, rules, dtype=dtype)
     return jax.tree.map(lambda leaf: leaf.astype(dtype), loaded)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from rlhf_jax import program, run_folder, sections
+from rlhf_jax import card, program, run_folder, sections
 from rlhf_jax.evaluate import evaluate, print_table
 from rlhf_jax.evaluate_gold import evaluate_gold
 from rlhf_jax.evaluate_reward import evaluate_reward
@@ -115,12 +115,27 @@ def pipeline(config: ConfigDict, workdir: str) -> dict[str, Any]:
         if skipped and stage.program.startswith("evaluate") and jax.process_index() == 0:
             print_table(run_folder.results(summaries[name]))
     if jax.process_index() == 0:
+        add_to_cards(folder, stages)
         facts = run_folder.closing_facts(started)
         write_json(folder / "summary.json", summarise(summaries, facts, checked))
         picture = report(folder, dict(stages))
         if picture is not None:
             _log.info("drew %s", picture)
     return summaries[stages[-1][0]]
+
+
+def add_to_cards(folder: pathlib.Path, stages: Sequence[tuple[str, ConfigDict]]) -> None:
+    """Adds what evaluations found of a reward model that a stage trained to that model's card."""
+    trained = [name for name, stage in stages if stage.program == "train_reward"]
+    for name, stage in stages:
+        if stage.program not in ("evaluate", "evaluate_reward"):
+            continue
+        section = stage.config.get("reward", {})
+        for model in trained:
+            if section.get("init_from", "") == f"{{workdir}}/{model}":
+                found = card.reported(folder / name)
+                if found:
+                    card.add_report(folder / model, name, found)
 
 
 def summarise(

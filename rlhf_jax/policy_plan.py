@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rlhf_jax import build, roles
+from rlhf_jax import averages, build, roles
 from rlhf_jax.data.examples import ExampleSource
 from rlhf_jax.data.prompts import PromptSource
 from rlhf_jax.mesh import ShardingRules
@@ -139,6 +139,7 @@ def check_starts(config: ConfigDict, described: Mapping[str, ModelConfig]) -> No
     for label, section in config.rewards.items():
         if f"reward/{label}" in described:
             roles.check_start(f"rewards.{label}", section.get("init_from", ""))
+            averages.check_starts(f"rewards.{label}", section)
     if "value" in described and config.value.init_from not in ("policy", *config.rewards):
         roles.check_start("value", config.value.init_from)
 
@@ -163,7 +164,9 @@ def describe_models(
         changes = build.reward_model(section)
         if changes is not None:
             start = section.get("init_from", "")
-            adapters = roles.adapters_on(start, config.model)
+            averages.check_average(f"rewards.{label}", section)
+            # The mean of adapters is taken of what they are merged into.
+            adapters = None if section.get("average") else roles.adapters_on(start, config.model)
             changes = changes | {"lora_rank": 0} | roles.ensemble_of(start)
             if section.name == "ensemble" and "members" not in changes:
                 raise ValueError(

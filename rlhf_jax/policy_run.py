@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import build, roles
+from rlhf_jax import averages, build, roles
 from rlhf_jax.models.lora import partition
 from rlhf_jax.models.transformer import decoder
 from rlhf_jax.policy_plan import PolicyPlan
@@ -134,7 +134,7 @@ def _reward_params(plan: PolicyPlan, policy: Params, base: Params) -> dict[str, 
     alone; a folder that two rewards name is read once."""
     place = (plan.mesh, plan.rules)
     dtype = plan.described["policy"].param_dtype
-    load = functools.cache(lambda folder: roles.load(folder, *place, dtype=dtype))
+    load = functools.cache(lambda folders: averages.load(folders, *place, dtype=dtype))
     learned, adapters = {}, {}
     for index, (label, section) in enumerate(plan.config.rewards.items()):
         if f"reward/{label}" not in plan.described:
@@ -142,12 +142,13 @@ def _reward_params(plan: PolicyPlan, policy: Params, base: Params) -> dict[str, 
         model = decoder(plan.described[f"reward/{label}"], plan.rules)
         folder = section.get("init_from", "")
         key = step_key(plan.config.seed, Purpose.INIT_REWARD, index)
-        if roles.adapters_on(folder, plan.config.model) is not None:
+        averaged = section.get("average", ())
+        if not averaged and roles.adapters_on(folder, plan.config.model) is not None:
             if folder not in adapters:
                 adapters[folder] = roles.load_adapters(folder, f"rewards.{label}", base, *place)
             learned[label] = roles.fill_adapters(model, adapters[folder], key, *place)
         else:
-            known = load(folder) if folder else policy
+            known = load(averages.folders_of(section)) if folder else policy
             learned[label] = roles.fill(model, known, key, *place)
     return learned
 

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from rlhf_jax import (
     evaluate,
+    evaluate_benchmarks,
     evaluate_gold,
     evaluate_reward,
     fit,
@@ -123,6 +124,7 @@ def _sft(config: ConfigDict, later: Later) -> Mapping[str, ModelConfig]:
 
 def _reward(config: ConfigDict, later: Later) -> Mapping[str, ModelConfig]:
     planned = fit.open_sources(train_reward.check(config), later)
+    train_reward.open_probes(config, later)
     return {planned.role: planned.described}
 
 
@@ -152,6 +154,10 @@ def _step_labels(config: ConfigDict, later: Later) -> Mapping[str, ModelConfig]:
 def _evaluation(config: ConfigDict, later: Later) -> Mapping[str, ModelConfig]:
     if "reward_sets" in config:
         return _reward_sets(config, later)
+    if "benchmarks" in config:
+        evaluate_benchmarks.check_config(config)
+        evaluate_benchmarks.plan(config, later)
+        return {}
     evaluate.check_config(config)
     _policies(config, later)
     evaluate.check_reward(config, later)

@@ -72,7 +72,7 @@ def describe(
     if not pathlib.Path(init_from).is_dir():
         raise ValueError(f"{path}.init_from={init_from!r} is not a folder")
     with within(f"{path}.init_from"):
-        base = _described(init_from)
+        base = described_in(init_from)
     if changes.get("lm_head", values.get("lm_head", True)) and not base.lm_head:
         raise ValueError(
             f"{path}.init_from={init_from!r} has no LM head, so it is no policy: it is a model "
@@ -118,14 +118,14 @@ def ensemble_of(folder: str) -> dict[str, Any]:
     """
     if not folder or not pathlib.Path(local_folder(folder)).is_dir():
         return {}  # `describe` says what is wrong with it
-    config = _described(folder)
+    config = described_in(folder)
     if config.members == 1:
         return {}
     names = (*_MEMBERS, *ADAPTERS) if config.ensemble == "lora" else _MEMBERS
     return {name: getattr(config, name) for name in names}
 
 
-def _described(folder: str) -> ModelConfig:
+def described_in(folder: str) -> ModelConfig:
     """The config of what a Hugging Face folder holds, or of the role that a run trained."""
     folder = local_folder(folder)
     if is_adapter_folder(folder):
@@ -169,7 +169,7 @@ def check_heads(path: str, folder: str, wanted: tuple[str, ...]) -> None:
     """Raises a ValueError if a folder (empty: none) lacks a head that ``path`` reads."""
     if not folder:
         return
-    heads = _described(folder).score_heads
+    heads = described_in(folder).score_heads
     missing = sorted(set(wanted) - set(heads))
     if missing:
         raise ValueError(f"{path} reads head {missing[0]!r}, but {folder} has {sorted(heads)}")

@@ -124,11 +124,16 @@ class RunLog:
             if checkpoint.save(self._manager, step, state, self._text, force=True):
                 self._saved = step
 
-    def finish(self, steps: int, state: RunState, started: float) -> None:
-        """The last checkpoint and summary.json."""
+    def settle(self, steps: int, state: RunState) -> dict[str, float | None]:
+        """Writes the last checkpoint and waits for it; returns the last numbers."""
         self._write_pending()
         self.checkpoint(steps, state, force=True)
         checkpoint.wait(self._manager)
+        return self.last
+
+    def finish(self, steps: int, state: RunState, started: float) -> None:
+        """The last checkpoint and summary.json."""
+        self.settle(steps, state)
         self._writer.summary(
             {
                 "steps": steps,

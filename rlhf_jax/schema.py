@@ -28,6 +28,10 @@ class AtLeast:
     least: int
 
 
+Count = typing.Annotated[int, AtLeast(1)]
+Index = typing.Annotated[int, AtLeast(0)]
+
+
 def check_section(path: str, values: Mapping[str, Any], described: type) -> None:
     """Holds a section, and the sections in it, to its description.
 

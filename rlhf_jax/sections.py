@@ -6,15 +6,13 @@ factory of an algorithm, a reward or a kind of source, a model's config, the mes
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, NotRequired, TypedDict, get_type_hints
+from typing import Any, NotRequired, TypedDict, get_type_hints
 
 from ml_collections import ConfigDict
 
 from rlhf_jax.data.forms import check_form
-from rlhf_jax.schema import AtLeast, check_section, within
-
-Count = Annotated[int, AtLeast(1)]
-Index = Annotated[int, AtLeast(0)]
+from rlhf_jax.reward_sections import Card, EvaluateReward, Heads, RewardReport
+from rlhf_jax.schema import Count, Index, check_section, within
 
 
 class Tokens(TypedDict):
@@ -129,18 +127,11 @@ class TrainSft(Training):
     log: Log
 
 
-class Heads(TypedDict):
-    """The scalar heads that a reward model gets, and how many models it is."""
-
-    score_heads: tuple[str, ...]
-    members: NotRequired[Count]
-    ensemble: NotRequired[str]  # independent, linear or lora
-
-
 class TrainReward(TrainSft):
     """`rlhf_jax.train_reward`."""
 
     reward: Heads
+    card: NotRequired[Card]  # whose absence `rlhf_jax.card` explains
 
 
 class Wrappers(TypedDict):
@@ -149,6 +140,7 @@ class Wrappers(TypedDict):
     name: str
     weight: float
     init_from: NotRequired[str]
+    average: NotRequired[tuple[str, ...]]  # more folders: the mean of all weights
     aggregate: NotRequired[str]  # of a process model: one score of a solution from its steps
     normalise: NotRequired[bool]
     clip: NotRequired[float]
@@ -229,13 +221,6 @@ class LabelSteps(Job):
     label: StepLabels
 
 
-class RewardReport(TypedDict):
-    """The reward model to evaluate (none where init_from is empty), and on what."""
-
-    init_from: str
-    sources: dict[str, Mapping[str, Any]]
-
-
 class Evaluate(Job):
     """`rlhf_jax.evaluate`."""
 
@@ -246,56 +231,6 @@ class Evaluate(Job):
     reference: NotRequired[str]
     problems: Count
     reward: RewardReport
-
-
-class RewardModel(TypedDict):
-    """The reward model to measure, and how steps are read."""
-
-    init_from: str
-    dtype: NotRequired[str]
-    head: NotRequired[str]  # where a model has several that judge
-    aggregate: NotRequired[str]  # of steps, where no head judges whole texts
-    threshold: NotRequired[float]  # P above which a step is right
-    threshold_from: NotRequired[str]  # or the set whose F1 decides it
-
-
-class RewardTexts(TypedDict):
-    """How the texts of reward sets become tokens; sets may have a template or chat of their own."""
-
-    tokenizer: NotRequired[str]  # in place of the model's own
-    chat_template: NotRequired[str | None]
-    bos: NotRequired[bool | None]
-    template: NotRequired[str | None]
-    chat: NotRequired[str | None]
-    max_length: Count
-    overlong: str
-    end_of_text: bool  # completions are closed by the end-of-text token
-    rows: Count
-
-
-class RewardSet(TypedDict):
-    """A published set: its form, and where its records come from."""
-
-    form: str
-    name: str
-    split: NotRequired[str]
-    data_dir: NotRequired[str | None]
-    options: NotRequired[Mapping[str, Any]]
-    template: NotRequired[str | None]
-    chat: NotRequired[str | None]
-    limit: NotRequired[Index]  # records, spread over the set; 0: all
-    pass_rates: NotRequired[tuple[float, ...]]  # of prompts that are kept
-
-
-class EvaluateReward(TypedDict):
-    """`rlhf_jax.evaluate_reward`, and `rlhf_jax.evaluate` with such a config."""
-
-    seed: Index
-    mesh: Mapping[str, Any]
-    reward: RewardModel
-    data: RewardTexts
-    resamples: NotRequired[Count]
-    reward_sets: dict[str, RewardSet]
 
 
 class BestOf(TypedDict):
@@ -330,6 +265,39 @@ class EvaluateGold(Job):
     gold: Mapping[str, Any]
 
 
+class Benchmark(TypedDict):
+    """Data (what is not said here is that of ``data``), how many of them, and who judges."""
+
+    name: str
+    split: NotRequired[str]
+    data_dir: NotRequired[str | None]
+    options: NotRequired[Mapping[str, Any]]
+    template: NotRequired[str | None]
+    chat: NotRequired[str | None]
+    max_prompt: NotRequired[Count]
+    overlong: NotRequired[str]
+    problems: Count
+    max_tokens: NotRequired[Count]  # else rollout.max_tokens
+    gold: Mapping[str, Any]
+
+
+class BenchmarkTokens(Tokens):
+    """The data section that benchmarks share."""
+
+    max_prompt: Count
+    overlong: str
+
+
+class EvaluateBenchmarks(Job):
+    """`rlhf_jax.evaluate` with ``benchmarks``."""
+
+    data: BenchmarkTokens
+    rollout: Rollout
+    policies: dict[str, Start]
+    start: str
+    benchmarks: dict[str, Benchmark]
+
+
 class Stage(TypedDict):
     """A program and its config."""
 
@@ -352,6 +320,7 @@ PROGRAMS: Mapping[str, type] = {
     "label_samples": LabelSamples,
     "label_steps": LabelSteps,
     "evaluate": Evaluate,
+    "evaluate_benchmarks": EvaluateBenchmarks,
     "evaluate_best_of": EvaluateBestOf,
     "evaluate_gold": EvaluateGold,
     "evaluate_reward": EvaluateReward,
@@ -367,6 +336,7 @@ def check(program: str, config: ConfigDict) -> None:
     """
     if program == "evaluate":
         forms = {"reward_sets": "evaluate_reward", "best_of": "evaluate_best_of"}
+        forms["benchmarks"] = "evaluate_benchmarks"
         program = next((forms[key] for key in forms if key in config), program)
     described = PROGRAMS[program]
     check_section("", config.to_dict(), described)

@@ -9,14 +9,45 @@ With ``reward.members`` of 2 or more it is an ensemble of the family ``reward.en
 models ("independent"), heads on one trunk ("linear"), or adapters and heads on one frozen trunk
 ("lora", with ``model.lora_rank``). A LoRA ensemble can start from a linear one
 (``model.init_from``), which trained trunk and heads on other data.
+
+With the model its card is saved (card.md, card.json): where the data come from, who judged, what it
+is worth and what moves it besides quality; see `rlhf_jax.card` and `rlhf_jax.probes`.
 """
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
 from ml_collections import ConfigDict
 
-from rlhf_jax import fit, program
-from rlhf_jax.types import RunState
+from rlhf_jax import build, card, fit, program
+from rlhf_jax.data.examples import Row, pad_rows
+from rlhf_jax.data.forms import Form
+from rlhf_jax.data.members import MemberSource
+from rlhf_jax.data.sources import open_source
+from rlhf_jax.mesh import batch_shards, fetch_host, shard_batch
+from rlhf_jax.models.completions import evaluate_texts
+from rlhf_jax.models.passes import longest_row
+from rlhf_jax.probes import Asked, Score, Tokens, probe, read_items, read_pairs
+from rlhf_jax.schema import within
+from rlhf_jax.token_lines import batch_rows, padded
+from rlhf_jax.training.supervised import last_scores
+from rlhf_jax.types import Params, RunState
 
 KINDS = ("pairs", "correctness", "steps")
+_RECORDS = 64  # that are probed, unless the config says
+_ROWS = 16  # texts at a time
+
+
+class Probed(NamedTuple):
+    """What the card probes: a source by label and use, the head that judges its texts ("": that
+    of texts), and probes of one's own."""
+
+    label: str
+    use: str
+    head: str
+    asked: Sequence[Asked]
 
 
 def check(config: ConfigDict) -> fit.Fit:
@@ -24,23 +55,99 @@ def check(config: ConfigDict) -> fit.Fit:
     heads = tuple(config.reward.score_heads)
     if not heads:
         raise ValueError("reward.score_heads is empty; name at least one head, such as 'outcome'")
+    card.check_card(config)
     members = config.reward.get("members", 1)
     family = config.reward.get("ensemble", "none")
     changes = dict(lm_head=False, score_heads=heads, members=members, ensemble=family)
     return fit.check(config, "reward", KINDS, **changes)
 
 
+def open_probes(
+    config: ConfigDict, later: Callable[[ConfigDict], bool] = lambda section: False
+) -> Probed:
+    """What the card will be probed on; reads a file of one's own pairs.
+
+    Args:
+        later: see `fit.open_sources`.
+
+    Raises:
+        ValueError: naming ``card.probes.pairs``, file and line.
+    """
+    section = config.card.get("probes", {})
+    held_out = list(config.eval.sources)
+    label = section.get("source", "") or (held_out or list(config.sources))[0]
+    use = "held out" if label in held_out else "training"
+    sources = config.eval.sources if label in held_out else config.sources
+    name, head = section.get("pairs", ""), sources[label].get("head", "")
+    if not name or later(ConfigDict(dict(name=name))):
+        return Probed(label, use, head, ())
+    text = build.tokenizer(config)
+    form = {key: sources[label].get(key) for key in ("template", "chat")}
+    with within("card.probes.pairs"):
+        return Probed(label, use, head, read_pairs(open_source(name), Form(text, **form), text))
+
+
 def train_reward(config: ConfigDict, workdir: str) -> RunState:
     """Trains the reward model that ``config`` describes on its mixture of sources.
 
     Resumes if ``workdir`` has a checkpoint. A policy run uses the folder as the ``init_from``
-    of its learned rewards.
+    of its learned rewards. In the end the model's card is written (see `rlhf_jax.card`).
 
     Raises:
         ValueError: for bad input, before any device is touched.
         FloatingPointError: after ``train.max_skipped`` non-finite updates in a row.
     """
-    return fit.run(fit.open_sources(check(config)), workdir)
+    planned = fit.open_sources(check(config))
+    probed = open_probes(config)
+    data = card.data_facts(planned)  # files as they were when they were read
+
+    def conclude(folder, state: RunState, numbers: Mapping[str, Any]) -> None:
+        found = probes(planned, probed, state)
+        kept = {n: x for n, x in numbers.items() if n.startswith("eval/")}
+        card.write(folder, card.facts_of(planned, data, kept, found))
+
+    return fit.run(planned, workdir, conclude)
+
+
+def probes(planned: fit.Fit, probed: Probed, state: RunState) -> dict[str, Any]:
+    """What the card says of probes: on which records, and what was found."""
+    config, text = planned.config, build.tokenizer(planned.config)
+    opened = planned.held_out if probed.use == "held out" else planned.sources
+    source = opened[probed.label]
+    source = source.source if isinstance(source, MemberSource) else source
+    limit = config.card.get("probes", {}).get("records", _RECORDS)
+    items = read_items(source, limit, text)
+    heads = planned.described.score_heads
+    head = probed.head or ("outcome" if "outcome" in heads else heads[0])
+    params = state.train.params[planned.role]
+    score = scorer(planned, params, state.reference, head, text.pad_id)
+    widest = longest_row(planned.described)
+    found = probe(items, probed.asked, text, score, widest=widest)
+    asked = dict(source=probed.label, use=probed.use, head=head, records=len(items))
+    return asked | dict(findings=card.probe_facts(found))
+
+
+def scorer(planned: fit.Fit, params: Params, frozen: Params, head: str, pad: int) -> Score:
+    """A function from texts to what a head says at their last token."""
+    model = planned.model
+
+    @jax.jit
+    def forward(params, frozen, texts):
+        return last_scores(evaluate_texts(model, params, frozen, texts).scores[head], texts)
+
+    def score(texts: Sequence[Tokens]) -> list[float]:
+        width = int(min(padded(max(map(len, texts))), longest_row(planned.described)))
+        shards = batch_shards(planned.mesh, planned.rules)
+        rows = batch_rows(_ROWS, len(texts), shards)
+        found: list[float] = []
+        for first in range(0, len(texts), rows):
+            part = [Row(list(tokens), 0) for tokens in texts[first : first + rows]]
+            part += part[-1:] * (rows - len(part))
+            batch = shard_batch(planned.mesh, planned.rules, pad_rows(part, width, pad))
+            found += fetch_host(forward(params, frozen, batch)).astype(np.float64).tolist()
+        return found[: len(texts)]
+
+    return score
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from rlhf_jax.rewards.base import lend_base
 from rlhf_jax.train_policy import score_device, train_policy
 from rlhf_jax.train_reward import train_reward
 from tests import compiling
+from tests.cards import card
 
 TARGETS = ("query", "value", "down")
 
@@ -37,6 +38,7 @@ def reward_config(folder, data, tokenizer):
             mesh=dict(data=-1),
             model=dict(init_from=str(folder), lora_rank=2, lora_targets=TARGETS),
             reward=dict(score_heads=("outcome", "process")),
+            card=card("pairs"),
             data=dict(tokenizer=tokenizer),
             sources=dict(pairs=dict(kind="pairs", **common)),
             optimizer=dict(learning_rate=1e-2, schedule="constant", warmup=0),

@@ -269,6 +269,17 @@ def test_a_broken_file_is_named_with_its_line(lines, message, trained, tmp_path,
     assert line.startswith("sources.pairs: ") and re.search(message, line), line
 
 
+@pytest.mark.parametrize("part", ["sources", "eval.sources"])
+def test_a_head_that_the_model_lacks_is_named(part, trained, tmp_path, capsys):
+    config = config_of("train_reward", trained)
+    with config.unlocked():
+        config.eval.sources = dict(pairs=config.sources.pairs.to_dict())
+        config[part].pairs.head = "of_group"
+    line = refused(train_reward, config, tmp_path / "run", capsys)
+    wanted = f"{part}.pairs.head='of_group'; reward.score_heads has outcome, process"
+    assert line == wanted
+
+
 def test_a_zipped_file_that_is_cut_short_is_named(trained, tmp_path, capsys):
     config = config_of("train_reward", trained)
     (tmp_path / "a.jsonl.gz").write_bytes(b"\x1f\x8b\x08\x00\x00")

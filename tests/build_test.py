@@ -131,3 +131,9 @@ def test_sampling_values_are_traced_scalars():
     sampling = build.sampling(values)
     assert sampling.truncates
     assert sampling.temperature == jnp.float32(0.7)
+
+
+def test_texts_train_no_scoring_head():
+    section = dict(kind="texts", name="inline", rows=1, template="{a}", max_length=9, head="mine")
+    with pytest.raises(ValueError, match=r"sources\.a\.head='mine', but texts train no scoring"):
+        build.check_source("sources.a", ConfigDict(section))

@@ -19,6 +19,7 @@ from rlhf_jax.rewards.base import lend_base
 from rlhf_jax.train_policy import score_device
 from rlhf_jax.train_reward import check, train_reward
 from tests import compiling
+from tests.cards import card
 
 MEMBERS = 3
 
@@ -34,6 +35,7 @@ def reward_config(data, family, *, start=""):
             mesh=dict(data=2, fsdp=2),
             model=model,
             reward=dict(score_heads=("outcome",), members=MEMBERS, ensemble=family),
+            card=card("pairs", "held"),
             data=dict(tokenizer=get_config().data.tokenizer),
             sources=dict(pairs=dict(**source, weight=1.0)),
             optimizer=dict(learning_rate=3e-3, schedule="constant", warmup=0),

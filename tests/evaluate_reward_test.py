@@ -331,6 +331,27 @@ def test_heads_are_found_or_named():
         er.heads_of(dataclasses.replace(MODEL, score_heads=("value",)))
 
 
+@pytest.mark.parametrize("samples", [4, 10, 32])
+def test_prompts_that_come_out_right_too_seldom_or_too_often_are_left_out(judge, tmp_path, samples):
+    # A-PPE-3, on random matrices: shares outside [0.1, 0.9] go, both ends stay.
+    rng = np.random.default_rng(samples)
+    right = rng.random((40, samples)) < rng.random((40, 1))
+    right[:4] = np.arange(samples) < np.array([[0], [samples], [samples // 10], [samples - 1]])
+    rows = [
+        dict(prompt=f"p{i}", scores=row.tolist())
+        | {f"response_{j + 1}": f"answer {j}" for j in range(samples)}
+        for i, row in enumerate(right)
+    ]
+    wanted = [
+        i for i, n in enumerate(right.sum(axis=1).tolist()) if samples <= 10 * n <= 9 * samples
+    ]
+    config = config_of(judge[0], one_set(tmp_path, "ppe_correctness", rows, pass_rates=(0.1, 0.9)))
+    found = er.open_sets(config, er.open_model(config))["bad"]
+    assert [entry.record for entry in found.entries] == wanted
+    assert found.counts["outside_pass_rates"] == 40 - len(wanted) > 4
+    assert [list(entry.item.correct) for entry in found.entries] == right[wanted].tolist()
+
+
 def test_long_texts_are_cut_if_asked(judge, tmp_path):
     config = config_of(
         judge[0], one_set(tmp_path, "pairs", [PAIRS[0], PAIRS[5]]), overlong="truncate"

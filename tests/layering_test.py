@@ -44,7 +44,7 @@ FENCES = {
     "tensorstore": ("rlhf_jax.training.intact",),
     "transformers": ("rlhf_jax.text", "rlhf_jax.models.load", "rlhf_jax.models.save"),
     **dict.fromkeys(("tokenizers", "jinja2"), ("rlhf_jax.text",)),
-    "huggingface_hub": ("rlhf_jax.text.hub", "rlhf_jax.models.save"),
+    "huggingface_hub": ("rlhf_jax.text.hub", "rlhf_jax.models.save", "rlhf_jax.card_page"),
     "safetensors": ("rlhf_jax.models.tensors", "rlhf_jax.models.save"),
     "ml_dtypes": ("rlhf_jax.models.tensors", "rlhf_jax.models.save"),
     **dict.fromkeys(("tensorflow_datasets", "grain", "array_record", "etils"), ("rlhf_jax.data",)),

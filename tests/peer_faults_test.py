@@ -35,6 +35,7 @@ from rlhf_jax.training.experience import make_experience
 from rlhf_jax.training.keys import Purpose, step_key
 from rlhf_jax.types import CompletionOutput, Prompts, Scores, TokenTables
 from tests import compiling
+from tests.cards import card
 from tests.models.load_test import KINDS, published, reference_logits, write_folder
 from tests.training import tiny
 
@@ -278,6 +279,7 @@ def reward_config(folder: pathlib.Path, data: pathlib.Path) -> ConfigDict:
             mesh=dict(data=-1),
             model=dict(init_from=str(folder)),
             reward=dict(score_heads=("outcome",)),
+            card=card("pairs"),
             data=dict(tokenizer="chars:0123456789+="),
             sources=dict(pairs=pairs),
             optimizer=dict(learning_rate=1e-2, schedule="constant", warmup=0),

@@ -8,8 +8,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from rlhf_jax import export, generate, score, sections
+from rlhf_jax import card, export, generate, label_confidence, score, sections
 
+FLAGS = (
+    *(card.card, export.export, generate.generate, label_confidence.label_confidence),
+    score.score,
+)
 TEXT = (pathlib.Path(__file__).parents[1] / "docs" / "reference.md").read_text(encoding="utf-8")
 
 
@@ -29,7 +33,7 @@ def test_every_key_is_in_the_reference(program):
     assert set(keys(sections.PROGRAMS[program])) <= words
 
 
-@pytest.mark.parametrize("main", [export.export, generate.generate, score.score])
+@pytest.mark.parametrize("main", FLAGS)
 def test_every_flag_is_in_the_reference(main):
     words = set(re.findall(r"\w+", TEXT))
     assert main.__name__ in words

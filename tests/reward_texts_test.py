@@ -11,6 +11,7 @@ from rlhf_jax.policy_plan import make_plan
 from rlhf_jax.train_policy import train_policy
 from rlhf_jax.train_reward import train_reward
 from tests import compiling
+from tests.cards import card
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +30,7 @@ def reward_run(tmp_path_factory):
             mesh=dict(data=-1),
             model=dict(name="tiny", init_from=""),
             reward=dict(score_heads=("outcome", "process")),
+            card=card("pairs"),
             data=dict(tokenizer="byte"),
             sources=dict(pairs=pairs),
             optimizer=dict(learning_rate=1e-2, schedule="constant", warmup=0),

@@ -25,6 +25,7 @@ from rlhf_jax.train_policy import train_policy
 from rlhf_jax.train_reward import train_reward
 from rlhf_jax.types import Rollouts, RunState
 from tests import compiling
+from tests.cards import card
 
 pytestmark = pytest.mark.data
 
@@ -181,7 +182,7 @@ def train_outcome_model(folder, size: Size, records: list[dict], workdir: pathli
         weight=1.0,
         rows=size.pairs,
     )
-    config.sources = dict(pairs=pairs)
+    config.sources, config.card = dict(pairs=pairs), card("pairs")
     config.optimizer.learning_rate = 1e-3
     config.train.steps = size.reward_steps
     train_reward(config, str(workdir))

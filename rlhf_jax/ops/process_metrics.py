@@ -67,8 +67,8 @@ def first_error_interval(
     """The 95 % interval of F1 from those of its two accuracies, which are independent.
 
     Of each accuracy, k of n, draws come from Beta(k + ½, n − k + ½), its posterior under Jeffreys'
-    prior, so the interval is not empty where all or none are told right. Solutions of one problem
-    count as independent.
+    prior, so the interval is not empty where all or none are told right; it is widened to hold the
+    F1 itself. Solutions of one problem count as independent.
     """
     told, flawed = first_error(found, wanted), np.asarray(wanted) != NO_ERROR
     rng = np.random.default_rng(seed)
@@ -83,7 +83,7 @@ def first_error_interval(
     a = drawn(told.error_accuracy, many)
     b = drawn(told.correct_accuracy, len(flawed) - many)
     low, high = np.quantile(2 * a * b / (a + b), (0.025, 0.975))
-    return float(low), float(high)
+    return min(float(low), told.f1), max(float(high), told.f1)
 
 
 def blind_f1(wanted: Int[np.ndarray, " N"]) -> float:

@@ -74,6 +74,15 @@ def test_kendall_and_spearman_against_loops():
     assert spearman == pytest.approx(1 - 6 * sum((a - b) ** 2) / (9 * 80), abs=1e-12)
     assert all(map(math.isnan, rk.rank_correlations(a, np.zeros(9))))
 
+    # With ties tau-b: pairs that are tied in one of the two count for neither side there.
+    a, b = RNG.integers(0, 4, 30).astype(float), RNG.integers(0, 4, 30).astype(float)
+    total = untied_a = untied_b = 0
+    for i, j in itertools.combinations(range(30), 2):
+        total += np.sign(a[i] - a[j]) * np.sign(b[i] - b[j])
+        untied_a, untied_b = untied_a + (a[i] != a[j]), untied_b + (b[i] != b[j])
+    wanted = total / math.sqrt(untied_a * untied_b)
+    assert rk.rank_correlations(a, b)[1] == pytest.approx(wanted, abs=1e-12)
+
 
 def test_row_pearson_against_numpy():
     a, b = RNG.random((4, 4)), RNG.random((4, 4))

@@ -269,6 +269,29 @@ def test_a_reward_model_learns_which_token_is_good():
         assert late > 0.95, name
 
 
+def test_a_source_trains_the_head_that_it_names():
+    """Two groups that judge the same pairs, a head each; a third source trains the usual one."""
+    model = decoder(config(lm_head=False, score_heads=("outcome", "of_a", "of_b")), RULES)
+    sources, heads = {"a": 1.0, "b": 0.0, "answers": 0.0}, {"a": "of_a", "b": "of_b"}
+    train = trainer(model, sources, optax.sgd(0.1), heads=heads)
+    before = host(train.state.params["policy"]["heads"])
+    params = {"policy": init(model, 0, one_device())}
+    rows = {"a": pairs(4), "b": pairs(4, seed=3), "answers": answers(4)}
+    train(rows)
+    after = host(train.state.params["policy"]["heads"])
+    moved = [name for name in before if (before[name]["kernel"] != after[name]["kernel"]).any()]
+    assert moved == ["of_a"]
+
+    found = evaluator(model, sources, heads=heads)(params, rows)
+    for name, head in (*heads.items(), ("answers", "outcome")):
+        alone = evaluator(model, {name: 1.0}, outcome_head=head)(params, {name: rows[name]})
+        assert alone == {key: found[key] for key in alone}
+    assert found["loss/a"] != evaluator(model, {"a": 1.0})(params, {"a": rows["a"]})["loss/a"]
+    train = trainer(model, {"a": 1.0}, optax.sgd(0.1), heads={"a": "of_c"})
+    with pytest.raises(ValueError, match="no head 'of_c'; its heads"):
+        train({"a": pairs(4)})
+
+
 def test_bad_mixtures_are_named():
     model, sgd = decoder(REWARD, RULES), optax.sgd(0.1)
     with pytest.raises(ValueError, match="sources is empty"):

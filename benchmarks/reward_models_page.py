@@ -293,6 +293,31 @@ def write(
     path.write_text(page(named, workdir, data, command), encoding="utf-8")
 
 
+def opening(named: Mapping[str, Sequence[Results]], workdir: pathlib.Path, command: str) -> str:
+    """What ran, for how long, and how intervals are made."""
+    summaries = [s for results in named.values() for one in results for s in one.summaries]
+    seconds = sum(s["seconds"] for s in summaries)
+    seconds += read(workdir / "command/summary.json")["seconds"]
+    day = last_day(workdir.glob("*/summary.json"))
+    return f"""# Reward models on real data
+
+    {command}
+
+{day}, {machine_and_versions(summaries[0])}. Written by that command, which runs what is not done
+yet: {len(summaries)} trainings by `train_reward`, each measured by `evaluate_reward`, and
+`rlhf_jax.evaluate` once as a user starts it; {seconds / 60:.0f} minutes in all. All are tiny models,
+start from random weights and train for about a minute at most, so they show what the programs do
+with real data, not what reward models can do.
+
+**Intervals** are 95 % and over {len(named["ukp"][-1].folders)} seeds and the test items. A seed
+decides the first weights, the order of the records and, below the whole set, which records are
+drawn (a larger draw holds the smaller ones). The variance is that of the items, as
+`evaluate_reward` has it for each seed (items of one prompt depend on each other; AUC and F1 by a
+bootstrap over texts; not divided by the number of seeds, as all are tested on the same items), plus
+that of the seeds divided by their number; Student's t with the degrees of freedom of Welch and
+Satterthwaite. *above* and *below* a baseline mean that this interval excludes it."""
+
+
 def page(
     named: Mapping[str, Sequence[Results]],
     workdir: pathlib.Path,
@@ -300,49 +325,26 @@ def page(
     command: str,
 ) -> str:
     """The page as Markdown."""
-    facts = read(workdir / "data/facts.json")
-    spread = scored_at_most(named["prmbench"][-1])
     whole = {name: results[-1] for name, results in named.items()}
-    pairs = {name: named[name] for name in ("ukp", "hh")}
-    process = {name: whole[name] for name in ("prmbench", "bigbench_mistake")}
-    summaries = [s for results in named.values() for one in results for s in one.summaries]
-    times = [summary["seconds"] for summary in summaries]
-    times.append(read(workdir / "command/summary.json")["seconds"])
-    seeds = len(whole["ukp"].folders)
     hidden = {str(data): "DATA", str(workdir): "RUNS"}
-    return f"""# Reward models on real data
-
-    {command}
-
-{last_day(workdir.glob("*/summary.json"))}, {machine_and_versions(summaries[0])}. Written by
-that command, which runs what is not done yet: {len(summaries)} trainings by `train_reward`, each
-measured by `evaluate_reward`, and `rlhf_jax.evaluate` once as a user starts it;
-{sum(times) / 60:.0f} minutes in all. All models start from random weights and train for about a
-minute at most, so they show what the programs do with real data, not what reward models can do.
-
-**Intervals** are 95 % and over {seeds} seeds and the test items. A seed decides the first weights,
-the order of the records and, below the whole set, which records are drawn (a larger draw holds the
-smaller ones). The variance is that of the items, as `evaluate_reward` has it for each seed (items
-of one prompt depend on each other; AUC and F1 by a bootstrap over texts; not divided by the number
-of seeds, as all are tested on the same items), plus that of the seeds divided by their number;
-Student's t with the degrees of freedom of Welch and Satterthwaite. *above* and *below* a baseline
-mean that this interval excludes it.
+    vocabulary = whole["ukp"].cards[0]["model"]["config"]["vocab_size"]
+    return f"""{opening(named, workdir, command)}
 
 ## What is trained
 
 Nothing of a test problem is in training: debates (UKPConvArg1), first turns (HH-RLHF) and questions
-(all others) are in one part only, and PRMBench is without problems that ProcessBench has.
-The tokenizer is a byte-level BPE of {whole["ukp"].cards[0]["model"]["config"]["vocab_size"]:,}
-tokens, made of the training parts. Every size of a set trains for as many steps.
-Rates, steps and widths were chosen by hand on parts of the training files.
+(all others) are in one part only, and PRMBench is without problems that ProcessBench has. The
+tokenizer is a byte-level BPE of {vocabulary:,} tokens, made of the training parts. Every size of a
+set trains for as many steps. Rates, steps and shapes were chosen by hand on parts of the training
+files. DATA and RUNS stand for the folders of the command.
 
-{setup_table(named, facts)}
+{setup_table(named, read(workdir / "data/facts.json"))}
 
 ## Outcome models from human pairs
 
 A pair has no majority side: chance is 0.5. The length rules look at tokens.
 
-{pair_table(pairs)}
+{pair_table({name: named[name] for name in ("ukp", "hh")})}
 
 ![accuracy over the number of training records, with baselines]({FIGURE})
 
@@ -359,11 +361,18 @@ reward model that only knows the writers by their style cannot beat it.
 F1 is the harmonic mean of "the first wrong step is found" and "no step of a flawless solution is
 called wrong" (ProcessBench). *Blind F1* is the best guess that looks at no solution. The threshold
 of a step is the one that is best on the set's own threshold part. ProcessBench was seen in no
-training; of each of its files at most {spread} solutions, spread over the file, were read.
+training; of each of its files at most {scored_at_most(whole["prmbench"])} solutions, spread over
+the file, were read.
 
-{process_table(process)}
+{process_table({name: whole[name] for name in ("prmbench", "bigbench_mistake")})}
 
-## What was left out
+{ending(whole, workdir, hidden)}
+"""
+
+
+def ending(whole: Mapping[str, Results], workdir: pathlib.Path, hidden: Mapping[str, str]) -> str:
+    """What was left out, and the command on published files."""
+    return f"""## What was left out
 
 As the programs counted it (first seed, whole set): `evaluate_reward` in its reports, `train_reward`
 in its warnings. What is not named was counted too and is 0: equal sides, empty answers, prompts
@@ -377,5 +386,4 @@ The process model that learnt from PRMBench (first seed), on RM-Bench and on Pro
 part as they were published. Texts without an outcome head are scored by their worst step. Of
 report.md the part above the single sets:
 
-{shown_command(workdir / "command", hidden)}
-"""
+{shown_command(workdir / "command", hidden)}"""

@@ -17,7 +17,7 @@ import jax
 from ml_collections import ConfigDict
 
 from benchmarks import decode, workloads
-from benchmarks.workloads import Clock, Options, Size
+from benchmarks.workloads import MESH, Clock, Options, Size
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.policy_sampler import PolicySampler, plan_sampler
 from rlhf_jax.training.keys import Purpose
@@ -64,7 +64,7 @@ def config(options: Options, folder: pathlib.Path, prompts: pathlib.Path) -> Con
     return ConfigDict(
         dict(
             seed=0,
-            mesh=dict(data=1, fsdp=1, tensor=1),
+            mesh=MESH,
             model=dict(init_from=str(folder / "model")),
             data=data(folder, prompts, size),
             rollout=rollout(size),

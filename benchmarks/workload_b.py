@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from benchmarks import decode, workloads
 from benchmarks.workload_a import check_full, data, rollout, write_prompts
-from benchmarks.workloads import KL_COEF, LEARNING_RATE, Clock, Options
+from benchmarks.workloads import KL_COEF, LEARNING_RATE, MESH, Clock, Options
 from rlhf_jax import policy_run
 from rlhf_jax.policy_plan import make_plan
 from rlhf_jax.train_policy import iterate
@@ -33,7 +33,7 @@ def policy_config(
     return ConfigDict(
         dict(
             seed=0,
-            mesh=dict(data=1, fsdp=1, tensor=1),
+            mesh=MESH,
             model=dict(init_from=str(folder / "model"), remat="none"),
             data=data(folder, prompts, size),
             extra=dict(),

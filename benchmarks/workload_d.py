@@ -17,7 +17,7 @@ import jax
 from ml_collections import ConfigDict
 
 from benchmarks import decode, update, workloads
-from benchmarks.workloads import Clock, Options
+from benchmarks.workloads import MESH, Clock, Options
 from rlhf_jax import fit, train_reward
 from rlhf_jax.ops.metrics import values
 from rlhf_jax.training.keys import Purpose, step_key
@@ -58,7 +58,7 @@ def config(options: Options, folder: pathlib.Path, pairs: pathlib.Path) -> Confi
         dict(
             seed=0,
             card=dict(sources=dict(pairs=origin), licence="unknown", limits=("it says nothing",)),
-            mesh=dict(data=1, fsdp=1, tensor=1),
+            mesh=MESH,
             model=dict(init_from=str(folder / "reward"), remat="none"),
             reward=dict(score_heads=("outcome",)),
             data=dict(tokenizer=str(folder / "reward")),

@@ -16,8 +16,9 @@ Face folders; the latter two score), ``prompts.json`` ([{text, ids}]) and ``pair
 ([{chosen: {text, ids}, rejected: ...}]): so programs of other origin are measured on the same
 weights and texts. Without one the workload makes such a folder of random weights and words.
 
-With ``--threads=1`` the process is pinned to one core; then CPU seconds are the figure that other
-work on the machine disturbs least. Steps are whole: from one request for data to the next.
+They run on the CPU unless JAX_PLATFORMS says otherwise. With ``--threads=1`` the process is pinned
+to one core; then CPU seconds are the figure that other work on the machine disturbs least. Steps
+are whole: from one request for data to the next.
 """
 
 import argparse
@@ -33,7 +34,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -42,7 +43,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers")
 
 
 class Size(NamedTuple):
-    """N prompts (or pairs) with K samples each; tokens of a prompt (or text) and of a completion."""
+    """N prompts (or pairs) of K samples (or sides); tokens of a prompt (or side), of a sample."""
 
     prompts: int
     samples: int
@@ -52,10 +53,11 @@ class Size(NamedTuple):
 
 SIZES = {"A": Size(16, 1, 64, 128), "B": Size(4, 8, 64, 128), "C": Size(32, 1, 64, 128),
          "D": Size(8, 2, 256, 0)}  # fmt: skip
-SMALL_SIZES = {"A": Size(2, 1, 6, 4), "B": Size(2, 2, 6, 4), "C": Size(2, 1, 6, 4),
-               "D": Size(2, 2, 8, 0)}  # fmt: skip
+SMALL_SIZES = {"A": Size(4, 1, 6, 4), "B": Size(4, 2, 6, 4), "C": Size(4, 1, 6, 4),
+               "D": Size(4, 2, 8, 0)}  # fmt: skip
 LEARNING_RATE = 1e-5
 KL_COEF = 0.04
+MESH = dict(data=-1, fsdp=1, tensor=1)  # -1: all devices, of which a CPU is one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,13 +191,18 @@ def assets(options: Options) -> Iterator[pathlib.Path]:
         yield pathlib.Path(scratch)
 
 
-def measure(letter: str, options: Options, folder: pathlib.Path, scratch: pathlib.Path):
+def measure(
+    letter: str,
+    options: Options,
+    folder: pathlib.Path,
+    scratch: pathlib.Path,
+    import_seconds: float,
+) -> dict[str, Any]:
     """One workload in this process, and then the machine's ceilings; the line."""
     module = importlib.import_module(f"benchmarks.workload_{letter.lower()}")
     ceilings = importlib.import_module("benchmarks.ceilings")
-    clock = Clock(letter, options, process_seconds())
-    run: Callable[..., tuple[int, dict[str, Any]]] = module.run
-    tokens, extra = run(clock, options, folder, scratch)
+    clock = Clock(letter, options, import_seconds)
+    tokens, extra = module.run(clock, options, folder, scratch)
     line = clock.line(tokens, extra)
     # Small ones whatever the workload's size: large ones take longer than it does.
     return line | {"ceilings": ceilings.measure(small=True)}
@@ -206,9 +213,19 @@ def main(letter: str, arguments: list[str] | None = None) -> None:
     options = parse(letter, arguments)
     if options.threads == 1:  # XLA makes a pool of as many threads as there are cores to run on
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    with contextlib.redirect_stdout(sys.stderr):
-        with assets(options) as folder, tempfile.TemporaryDirectory() as scratch:
-            lines = [measure(each, options, folder, pathlib.Path(scratch))
-                     for each in options.letters]  # fmt: skip
+    import jax
+
+    if "JAX_PLATFORMS" not in os.environ:
+        jax.config.update("jax_platforms", "cpu")  # what the others are measured on
+    import_seconds = process_seconds()
+    with (
+        contextlib.redirect_stdout(sys.stderr),
+        assets(options) as folder,
+        tempfile.TemporaryDirectory() as scratch,
+    ):
+        lines = [
+            measure(each, options, folder, pathlib.Path(scratch), import_seconds)
+            for each in options.letters
+        ]
     for line in lines:
         print(json.dumps(line))

@@ -73,7 +73,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
             ),
             resamples=300,  # of the bootstrap
             reward_sets={
-                form: dict(form=form, name=source(args[form]), limit=args.limit, **KEPT.get(form, {}))
+                form: dict(
+                    form=form, name=source(args[form]), limit=args.limit, **KEPT.get(form, {})
+                )
                 for form in FORMS
                 if args[form]
             },

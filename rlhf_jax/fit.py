@@ -29,6 +29,7 @@ from rlhf_jax.run_log import RunLog
 from rlhf_jax.schema import within
 from rlhf_jax.training.experience import COMPILER_OPTIONS
 from rlhf_jax.training.keys import Purpose, step_key
+from rlhf_jax.training.objective import first_rows
 from rlhf_jax.training.supervised import (
     check_smoothing,
     create_supervised_state,
@@ -199,26 +200,31 @@ def fetch(fit: Fit, sources: Mapping[str, Any], sections, positions) -> Mixture:
 
 
 def evaluator(fit: Fit):
-    """A function (params, frozen) -> metrics over every whole batch of the held-out sources."""
+    """A function (params, frozen) -> metrics over every record of the held-out sources."""
     if not fit.held_out:
         return lambda params, frozen: {}
     sections = fit.config.eval.sources
     heads = head_names(fit.described) | dict(heads=own_heads(sections))
-    steps = {
-        name: jax.jit(
-            make_supervised_evaluate(fit.model, {name: 1.0}, role=fit.role, **heads),
-            compiler_options=COMPILER_OPTIONS,
-        )
-        for name in fit.held_out
-    }
+
+    def step(name):
+        judge = make_supervised_evaluate(fit.model, {name: 1.0}, role=fit.role, **heads)
+
+        def judged(params, frozen, mixture, kept):
+            return judge(params, frozen, first_rows(mixture, kept))
+
+        return jax.jit(judged, compiler_options=COMPILER_OPTIONS)
+
+    steps = {name: step(name) for name in fit.held_out}
 
     def evaluate(params: Mapping[str, Params], frozen: Mapping[str, Params]):
         total = {}
         for name, source in fit.held_out.items():
-            for batch in range(len(source) // sections[name].rows):
-                position = {name: batch * sections[name].rows}
-                mixture = fetch(fit, {name: source}, sections, position)
-                total = add(total, steps[name](params, frozen, mixture))
+            rows = sections[name].rows
+            for first in range(0, len(source), rows):
+                mixture = fetch(fit, {name: source}, sections, {name: first})
+                # Behind the last record the next epoch begins.
+                kept = np.int32(min(rows, len(source) - first))
+                total = add(total, steps[name](params, frozen, mixture, kept))
         return {f"eval/{name}": mean for name, mean in total.items()}
 
     return evaluate

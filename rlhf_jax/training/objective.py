@@ -4,6 +4,7 @@ See `rlhf_jax.training.supervised` for the equations. Everything is a function o
 `Objective`; state, optimizers and labels that move are there.
 """
 
+import dataclasses
 import types
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -223,6 +224,18 @@ def _accuracies(scores, labels, present):
         "accuracy_right": mean_of(agrees, present & positive),
         "accuracy_wrong": mean_of(agrees, present & ~positive),
     }
+
+
+def first_rows(mixture: Mixture, count: Array | int) -> Mixture:
+    """The mixture with its rows from `count` on as padding, which no loss and no metric counts."""
+
+    def cut(texts):
+        if not isinstance(texts, Texts):
+            return texts
+        kept = (jnp.arange(texts.mask.shape[0]) < count)[:, None]
+        return dataclasses.replace(texts, mask=texts.mask & kept, loss_mask=texts.loss_mask & kept)
+
+    return jax.tree.map(cut, mixture, is_leaf=lambda x: isinstance(x, Texts))
 
 
 def present_rows(texts):

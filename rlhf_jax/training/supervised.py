@@ -98,7 +98,8 @@ def make_supervised_step(
         outcome_head: head that scores whole texts.
         process_head: head that scores steps.
         smoothing: β of a label's step towards the model, 0 = labels stay; with it the state has
-            `label_tables`, and ``<source>/label_moved`` is how far labels are from those given.
+            `label_tables`, ``<source>/label_moved`` is how far labels are from those given, and
+            ``/accuracy`` in training is that on the labels of now.
         heads: the head of a source by name, in place of the two above.
 
     Raises:

@@ -12,6 +12,7 @@ from rlhf_jax.mesh import make_mesh, shard_batch
 from rlhf_jax.models.completions import evaluate_texts
 from rlhf_jax.models.transformer import decoder
 from rlhf_jax.training.experience import compile_evaluate
+from rlhf_jax.training.objective import first_rows
 from rlhf_jax.training.supervised import (
     create_supervised_state,
     make_supervised_evaluate,
@@ -105,6 +106,19 @@ def evaluator(model, sources, **options):
         return {name: (float(m.total), float(m.count)) for name, m in metrics.items()}
 
     return evaluate
+
+
+def test_rows_behind_the_last_record_are_no_rows():
+    model = decoder(REWARD, RULES)
+    mixture = {"pairs": pairs(6), "answers": answers(6), "steps": steps(6)}
+    whole = jax.tree.map(lambda x: x[:4], mixture)
+    params = {"policy": init(model, 0, one_device())}
+    found = evaluator(model, SOURCES)(params, first_rows(mixture, 4))
+    wanted = evaluator(model, SOURCES)(params, whole)
+    assert found.keys() == wanted.keys()
+    for name, (total, count) in wanted.items():
+        assert found[name][1] == count and found[name][0] == pytest.approx(total, abs=1e-5)
+    assert found["loss/pairs"][1] == 4
 
 
 def sigmoid(x):

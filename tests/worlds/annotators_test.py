@@ -13,7 +13,7 @@ from scipy import special
 from rlhf_jax.data.preferences import VOTES, label_from_votes
 from rlhf_jax.ops.calibration import expected_calibration_error, log_loss, pair_claims
 from rlhf_jax.ops.reward_metrics import pair_accuracy
-from tests.worlds.linear import linear_model, no_heads, pairs, scorer, trainer
+from tests.worlds.linear import linear_model, zero_heads, pairs, scorer, trainer
 
 COUNT, FEATURES = 20_000, 8
 RIDGE = 1e-6
@@ -37,7 +37,7 @@ def errors():
     features = np.concatenate([rows, np.zeros((1, FEATURES), np.float32)])
     chance = special.expit(rows @ weights)
     heads = ("outcome",)
-    model, start = linear_model(FEATURES, heads), no_heads(FEATURES, heads)
+    model, start = linear_model(FEATURES, heads), zero_heads(FEATURES, heads)
     train = trainer(model, start, {"pairs": 1.0}, RIDGE)
     found = {}
     for annotators in (1, 3, 5):
@@ -106,7 +106,7 @@ def judged():
     found = {}
     for name, (heads, options) in settings.items():
         model = linear_model(2 * WIDE, heads)
-        train = trainer(model, no_heads(2 * WIDE, heads), sources, RIDGE, **options)
+        train = trainer(model, zero_heads(2 * WIDE, heads), sources, RIDGE, **options)
         params = train(features, mixture)
         score = scorer(model)(params, features, np.arange(len(features)))
         found[name] = {}

@@ -66,7 +66,7 @@ def balanced(chosen, rejected):
 
 def fitted(gaps):
     """The weights that the shipped trainer gives pairs with these differences of features."""
-    start = linear.no_heads(FEATURES, ("outcome",))
+    start = linear.zero_heads(FEATURES, ("outcome",))
     train = linear.trainer(
         linear.linear_model(FEATURES, ("outcome",)), start, {"pairs": 1.0}, RIDGE
     )

@@ -97,17 +97,20 @@ def labelled(tokens, label):
     return Labelled(texts=texts(tokens), label=np.asarray(label, np.float32))
 
 
-def trainer(model, start, sources, ridge):
+def trainer(model, start, sources, ridge, **options):
     """(features, mixture) -> params where the shipped trainer comes to rest, from `start`.
 
     Minimises  Σ weight · loss + ridge/2 |params|²  on all rows in every step, by L-BFGS, to which
     the ridge's gradient goes with that of the loss.
+
+    Args:
+        options: of `make_supervised_step`.
     """
     optimizer = optax.chain(
         optax.add_decayed_weights(ridge), optax.lbfgs(learning_rate=1.0, linesearch=None)
     )
     mesh = make_mesh({}, devices=jax.devices()[:1])
-    step = make_supervised_step(model, sources, optimizer)
+    step = make_supervised_step(model, sources, optimizer, **options)
     first = create_supervised_state(start, optimizer, mesh)
 
     @jax.jit

@@ -1,7 +1,8 @@
 """Continuations of prefixes, in batches of few shapes: is each of them right?
 
-A prefix is a prompt to the sampler: it is prefilled once, and its N continuations start from what
-the prefill left. Prefixes of similar length share a batch, whose width is one of a few.
+A prefix is a prompt to the sampler: it is prefilled once, and its N continuations read what the
+prefill left where it lies: the cache holds it once. Prefixes of similar length share a batch, whose
+width is one of a few.
 """
 
 import itertools

@@ -189,14 +189,26 @@ class Sampling:
 
 
 @pytree
+class Prefix:
+    """Columns that the rows of a group have in common, held once: row n is that of rows
+    ``n*K ... n*K+K-1`` of the cache it belongs to. All columns are written, none ever again."""
+
+    keys: tuple[Float[Array, "N G P Dh"], ...]
+    values: tuple[Float[Array, "N G P Dh"], ...]
+    mask: Bool[Array, "N P"]
+
+
+@pytree
 class Cache:
     """Keys and values per layer, [B G C Dh] each; `length` counts the columns written, one number
-    for all rows or one per row, and `mask` tells which columns hold a real token."""
+    for all rows or one per row, and `mask` tells which columns hold a real token. The columns of
+    `prefix` come before these C, and are not counted."""
 
     keys: tuple[Float[Array, "B G C Dh"], ...]
     values: tuple[Float[Array, "B G C Dh"], ...]
     mask: Bool[Array, "B C"]
     length: Int[Array, ""] | Int[Array, " B"]
+    prefix: Prefix | None = None
 
 
 @pytree

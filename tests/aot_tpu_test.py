@@ -91,16 +91,15 @@ def text(iteration, step):
 
 
 def decode_loop(iteration):
-    """The program of `generate`, the loop in it that carries the cache, one layer's keys."""
+    """The program of `generate`, the loop in it that carries the cache, one layer's keys: those
+    of the prompts, and those that each sample has of its own."""
     sizes, axes, program = iteration.sizes, iteration.mesh.shape, text(iteration, "generate")
-    config, rows = sizes.config, sizes.prompts * sizes.samples
-    cache = (
-        rows // (axes["data"] * axes["fsdp"]),
-        config.kv_heads // axes["tensor"],
-        sizes.prompt_tokens + sizes.max_tokens - 1,
-        config.head_dim,
-    )
-    return program, hlo.loop_with(program, cache, 2 * config.layers), math.prod(cache)
+    config, shards = sizes.config, axes["data"] * axes["fsdp"]
+    prompts = sizes.prompts // shards
+    heads = config.kv_heads // axes["tensor"]
+    once = (prompts, heads, sizes.prompt_tokens, config.head_dim)
+    own = (prompts * sizes.samples, heads, sizes.max_tokens - 1, config.head_dim)
+    return program, hlo.loop_with(program, own, 2 * config.layers), once, own
 
 
 def test_every_tree_is_split_evenly_over_the_chips(iteration):
@@ -158,8 +157,14 @@ def test_logits_of_all_tokens_never_exist(iteration, step):
 
 
 def test_the_decode_loop_makes_no_array_as_large_as_a_cache(iteration):
-    program, loop, cache = decode_loop(iteration)
-    assert hlo.new_arrays(program, loop, cache) == []
+    program, loop, once, own = decode_loop(iteration)
+    assert loop.shapes.count(once) == 2 * iteration.sizes.config.layers
+    together = math.prod(own) // own[2] * (once[2] + own[2])
+    assert hlo.new_arrays(program, loop, together) == []
+    # Weights on their way to faster memory may be as large as either part, but not of its shape.
+    parts = [sorted(shape) for shape in (once, own)]
+    new = hlo.new_arrays(program, loop, min(math.prod(once), math.prod(own)))
+    assert [line for line in new for shape in line.shapes if sorted(shape) in parts] == []
     # A start per row would be a loop over the rows, in every layer.
     inner = [
         line.name
@@ -171,13 +176,21 @@ def test_the_decode_loop_makes_no_array_as_large_as_a_cache(iteration):
 
 
 def test_the_decode_loop_joins_only_chips_of_one_batch_shard(iteration):
-    program, loop, _ = decode_loop(iteration)
+    program, loop, *_ = decode_loop(iteration)
     tensor, joins = iteration.mesh.shape["tensor"], hlo.collectives(program, loop)
     # The output and down projections of each layer end in a sum over "tensor".
     assert len(joins) >= 2 * iteration.sizes.config.layers
     for join in joins:
         groups = hlo.groups_of(join, CHIPS)
         assert all(len({place // tensor for place in group}) == 1 for group in groups), join.line
+
+
+def test_no_array_repeats_the_keys_of_the_prompts(iteration):
+    program, _, once, own = decode_loop(iteration)
+    repeated = (own[0], *once[1:])
+    assert all(repeated not in line.shapes for lines in program.values() for line in lines)
+    whole = (*own[:2], once[2] + own[2], own[3])
+    assert all(whole not in line.shapes for lines in program.values() for line in lines)
 
 
 def test_weights_are_gathered_for_decoding_in_the_compute_type(iteration):

@@ -244,8 +244,12 @@ def test_a_prompt_over_the_limit_is_an_error_that_names_it():
 def test_the_cache_has_the_columns_that_are_needed(policy):
     columns = []
 
+    def shapes(held):
+        return {(x.shape[0], x.shape[2]) for x in (*held.keys, *held.values)}
+
     def apply(params, tokens, positions, mask, cache):
-        columns.append((tokens.shape[1], {x.shape[2] for x in (*cache.keys, *cache.values)}))
+        prefix = cache.prefix and shapes(cache.prefix)
+        columns.append((tokens.shape[1], shapes(cache), prefix))
         return policy.model.apply(params, tokens, positions, mask, cache)
 
     jax.eval_shape(
@@ -263,10 +267,11 @@ def test_the_cache_has_the_columns_that_are_needed(policy):
         ),
         jax.random.key(0),
     )
-    # The prompt alone, then one column per token that is read: the last one drawn is not.
-    assert columns[0] == (P, {P})
+    # The prompts alone, once for all samples; then one column of each sample per token that is
+    # read: the last one drawn is not.
+    assert columns[0] == (P, {(N, P)}, None)
     assert len(columns) > 1
-    assert all(call == (1, {P + T - 1}) for call in columns[1:])
+    assert all(call == (1, {(N * K, T - 1)}, {(N, P)}) for call in columns[1:])
 
 
 def reward_config(folder: pathlib.Path, data: pathlib.Path) -> ConfigDict:

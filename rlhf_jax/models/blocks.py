@@ -23,6 +23,7 @@ from rlhf_jax.models.rope import SinCos, rotate
 from rlhf_jax.types import Array
 
 KeysValues = tuple[Float[Array, "B G C Dh"], Float[Array, "B G C Dh"]]
+PrefixKeysValues = tuple[Float[Array, "N G P Dh"], Float[Array, "N G P Dh"]]
 Length = Int[Array, ""] | Int[Array, " B"]
 
 ACTIVATIONS = {
@@ -36,11 +37,24 @@ class Sight(NamedTuple):
     """What the layers of one kind, with or without a window, look at.
 
     rotary: sin and cos of each position's angles; None without RoPE.
-    attend: which columns each position may see.
+    attend: which columns each position may see: those of a prefix, then the rows' own.
     """
 
     rotary: SinCos | None
-    attend: Bool[Array, "B S C"]
+    attend: Bool[Array, "B S A"]
+
+
+class Past(NamedTuple):
+    """One layer's part of a cache.
+
+    own: the rows' own columns.
+    start: where in them the new ones go.
+    prefix: the columns before, each row for all B/N rows of a group; None where there are none.
+    """
+
+    own: KeysValues
+    start: Length
+    prefix: PrefixKeysValues | None = None
 
 
 class Norm(nn.Module):
@@ -132,8 +146,7 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "B S D"],
         sight: Sight,
-        past: KeysValues | None,
-        start: Length | None,
+        past: Past | None,
     ) -> tuple[Float[Array, "B S D"], KeysValues | None]:
         c = self.config
         query = self._heads("query", x, c.heads)
@@ -151,12 +164,13 @@ class Attention(nn.Module):
         # [B G C Dh]: the layout in which decode writes stay in place on TPU and GPU.
         keys = jnp.swapaxes(key, 1, 2).astype(compute)
         values = jnp.swapaxes(value, 1, 2).astype(compute)
+        prefix = None
         if past is not None:
-            keys = write_columns(past[0], keys, start, axis=2)
-            values = write_columns(past[1], values, start, axis=2)
-        mixed = attention(
-            query, keys, values, sight.attend, scale=c.attention_scale, softcap=c.attention_softcap
-        )
+            keys = write_columns(past.own[0], keys, past.start, axis=2)
+            values = write_columns(past.own[1], values, past.start, axis=2)
+            prefix = past.prefix
+        options = dict(scale=c.attention_scale, softcap=c.attention_softcap)
+        mixed = attention(query, keys, values, sight.attend, prefix=prefix, **options)
         mixed = mixed.reshape(*x.shape[:2], c.heads, c.head_dim)
         mixed = constrain(mixed, ("batch", "length", "heads", "head_dim"), self.rules)
         scale = (2 * c.layers) ** -0.5
@@ -193,14 +207,18 @@ def attention(
     query: Float[Array, "B S G R Dh"],
     keys: Float[Array, "B G C Dh"],
     values: Float[Array, "B G C Dh"],
-    attend: Bool[Array, "B S C"],
+    attend: Bool[Array, "B S A"],
     *,
+    prefix: PrefixKeysValues | None = None,
     scale: float = 0.0,
     softcap: float = 0.0,
 ) -> Float[Array, "B S G R Dh"]:
     """softmax(q·k · scale) v over the columns where `attend` is true; scores in float32.
 
     Args:
+        attend: A = C columns, or P + C with those of a prefix first.
+        prefix: keys and values before these. All B/N rows of a group read one row of it: it is
+            contracted with all their queries in one product, and never repeated.
         scale: 0 takes 1/√Dh.
         softcap: c in c·tanh(scores / c), before the softmax; 0 = none.
 
@@ -208,10 +226,34 @@ def attention(
     result is finite and nobody reads it.
     """
     scores = jnp.einsum("bsgrd,bgcd->bgrsc", query, keys, preferred_element_type=jnp.float32)
+    if prefix is not None:
+        scores = jnp.concatenate([_prefix_scores(query, prefix[0]), scores], axis=-1)
     scores = capped(scores * (scale or query.shape[-1] ** -0.5), softcap)
     scores = jnp.where(attend[:, None, None], scores, -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    return jnp.einsum("bgrsc,bgcd->bsgrd", weights, values)
+    if prefix is None:
+        return jnp.einsum("bgrsc,bgcd->bsgrd", weights, values)
+    before, own = jnp.split(weights, [prefix[1].shape[2]], axis=-1)
+    mixed = jnp.einsum("bgrsc,bgcd->bsgrd", own, values, preferred_element_type=jnp.float32)
+    return (_prefix_mix(before, prefix[1]) + mixed).astype(values.dtype)
+
+
+def _prefix_scores(
+    query: Float[Array, "B S G R Dh"], keys: Float[Array, "N G P Dh"]
+) -> Float[Array, "B G R S P"]:
+    """q·k in float32, where row n of the keys is that of rows n*K ... n*K+K-1 of the queries."""
+    grouped = query.reshape(keys.shape[0], -1, *query.shape[1:])
+    scores = jnp.einsum("nksgrd,ngpd->nkgrsp", grouped, keys, preferred_element_type=jnp.float32)
+    return scores.reshape(-1, *scores.shape[2:])
+
+
+def _prefix_mix(
+    weights: Float[Array, "B G R S P"], values: Float[Array, "N G P Dh"]
+) -> Float[Array, "B S G R Dh"]:
+    """Weighted sums in float32 of the values that the rows of a group have in common."""
+    grouped = weights.reshape(values.shape[0], -1, *weights.shape[1:])
+    mixed = jnp.einsum("nkgrsp,ngpd->nksgrd", grouped, values, preferred_element_type=jnp.float32)
+    return mixed.reshape(-1, *mixed.shape[2:])
 
 
 def capped(x: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
@@ -257,12 +299,11 @@ class Block(nn.Module):
         self,
         x: Float[Array, "B S D"],
         sight: Sight,
-        past: KeysValues | None = None,
-        start: Length | None = None,
+        past: Past | None = None,
     ) -> tuple[Float[Array, "B S D"], KeysValues | None]:
         c = self.config
         normed = norm_of(c, "attention_norm")(x)
-        mixed, past = Attention(c, self.rules, name="attention")(normed, sight, past, start)
+        mixed, written = Attention(c, self.rules, name="attention")(normed, sight, past)
         if c.post_norms:
             mixed = norm_of(c, "attention_post_norm")(mixed)
         x = x + mixed
@@ -270,4 +311,4 @@ class Block(nn.Module):
         if c.post_norms:
             mixed = norm_of(c, "mlp_post_norm")(mixed)
         x = x + mixed
-        return constrain(x, ("batch", "length", None), self.rules), past
+        return constrain(x, ("batch", "length", None), self.rules), written

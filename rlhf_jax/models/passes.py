@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from rlhf_jax.models.blocks import Block, Sight, write_columns
+from rlhf_jax.models.blocks import Block, Past, Sight, write_columns
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.rope import rope
-from rlhf_jax.types import Array, Cache
+from rlhf_jax.types import Array, Cache, Prefix
 
 Columns = Int[Array, "B S"] | Int[Array, "1 S"]
 
@@ -19,7 +19,7 @@ def sights(
     config: ModelConfig,
     positions: Int[Array, "B S"],
     columns: Columns,
-    attend: Bool[Array, "B S C"],
+    attend: Bool[Array, "B S A"],
 ) -> tuple[Sight | None, Sight | None]:
     """What layers without and layers with a window look at; None for a kind that no layer is of.
 
@@ -93,24 +93,42 @@ def cached_pass(
     mask: Bool[Array, "B S"],
     cache: Cache,
 ) -> tuple[Float[Array, "B S D"], Cache]:
-    """Layers one by one: writes the new columns of the cache and attends to all before."""
+    """Layers one by one: writes the new columns of the cache and attends to all before, those of
+    its prefix included."""
     if not isinstance(layers, list):
         raise ValueError("a cache needs params from model.unstack(params), made before the loop")
-    size = mask.shape[1]
+    size, prefix = mask.shape[1], cache.prefix
     columns = write_columns(cache.mask, mask, cache.length, axis=1)
     here = jnp.reshape(cache.length, (-1, 1)) + jnp.arange(size)[None]  # [B S], or [1 S]
     earlier = jnp.arange(columns.shape[1])[None, None] <= here[:, :, None]
-    both = sights(config, positions, here, columns[:, None, :] & earlier)
-    keys, values = [], []
-    past = zip(cache.keys, cache.values, strict=True)
-    for layer, local, pair in zip(layers, config.local, past, strict=True):
-        x, (new_keys, new_values) = block.apply(
-            {"params": layer}, x, both[local], pair, cache.length
+    attend = columns[:, None, :] & earlier
+    shared = [None] * config.layers
+    if prefix is not None:
+        attend = jnp.concatenate([_prefix_attend(prefix, *attend.shape[:2]), attend], axis=2)
+        here = here + prefix.mask.shape[1]
+        shared = zip(prefix.keys, prefix.values, strict=True)
+    both = sights(config, positions, here, attend)
+    written = []
+    own = zip(cache.keys, cache.values, strict=True)
+    for layer, local, pair, before in zip(layers, config.local, own, shared, strict=True):
+        past = Past(pair, cache.length, before)
+        x, pair = block.apply({"params": layer}, x, both[local], past)
+        written.append(pair)
+    keys, values = zip(*written, strict=True)
+    length = cache.length + size
+    return x, Cache(keys=keys, values=values, mask=columns, length=length, prefix=prefix)
+
+
+def _prefix_attend(prefix: Prefix, rows: int, size: int) -> Bool[Array, "B S P"]:
+    """Which columns of a prefix each new token may see: all that hold a token."""
+    groups, width = prefix.mask.shape
+    if rows % groups:
+        raise ValueError(
+            f"a cache of {rows} rows has a prefix of {groups}; wanted a divisor of {rows}: one row "
+            "for each group"
         )
-        keys.append(new_keys)
-        values.append(new_values)
-    cache = Cache(keys=tuple(keys), values=tuple(values), mask=columns, length=cache.length + size)
-    return x, cache
+    mask = jnp.repeat(prefix.mask, rows // groups, axis=0)
+    return jnp.broadcast_to(mask[:, None], (rows, size, width))
 
 
 def check_positions(config: ModelConfig, length: int) -> None:

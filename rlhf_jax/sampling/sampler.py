@@ -1,10 +1,14 @@
 """Sampling completions in one compiled program: prefill each prompt once, then a decode loop.
 
+The prompt's keys and values stay as the prefill left them, once for all K samples: the loop reads
+them and writes only the columns that each sample has of its own.
+
 The loop is a `while_loop` that ends when every row has ended. On a mesh it runs under
 `shard_map`, manual over the batch axes: each shard of rows is a loop of its own that stops when
 its own rows have ended, and the only collectives in it are those of tensor parallelism.
 """
 
+import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -20,7 +24,16 @@ from rlhf_jax.models.lora import join
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.sampling.methods import Keys, draw_token, row_keys
 from rlhf_jax.text.steps import mark_step_ends
-from rlhf_jax.types import Array, Cache, Params, Prompts, Rollouts, Sampling, TokenTables
+from rlhf_jax.types import (
+    Array,
+    Cache,
+    Params,
+    Prefix,
+    Prompts,
+    Rollouts,
+    Sampling,
+    TokenTables,
+)
 
 # Leaves that the model casts to its compute type at each use; all others it uses as they are.
 _CAST = ("kernel", "lora_a", "lora_b")
@@ -58,19 +71,12 @@ def decoding_params(model: Model, params: Params, frozen: Params) -> tuple[Param
     return weights, {**weights, "embed": {"table": table.astype(compute)}}
 
 
-def expand_cache(cache: Cache, samples: int, columns: int) -> Cache:
-    """Every row `samples` times (groups contiguous), with `columns` empty columns appended."""
-
-    def expand(x, axis):
-        room = [(0, columns if i == axis else 0) for i in range(x.ndim)]
-        return jnp.pad(jnp.repeat(x, samples, axis=0), room)
-
-    return Cache(
-        keys=tuple(expand(x, 2) for x in cache.keys),
-        values=tuple(expand(x, 2) for x in cache.values),
-        mask=expand(cache.mask, 1),
-        length=cache.length if cache.length.ndim == 0 else expand(cache.length, None),
-    )
+def continued_cache(model: Model, cache: Cache, samples: int, columns: int) -> Cache:
+    """`columns` empty columns for `samples` rows of each row of a full cache (groups contiguous),
+    which becomes their prefix as it is."""
+    prefix = Prefix(keys=cache.keys, values=cache.values, mask=cache.mask)
+    own = model.init_cache(cache.mask.shape[0] * samples, columns)
+    return dataclasses.replace(own, prefix=prefix)
 
 
 def _write_token(
@@ -117,19 +123,20 @@ def _decode(
     rows, width = prompts.tokens.shape
     counts = jnp.sum(prompts.mask, axis=-1).astype(jnp.int32)
     positions = positions_of(prompts.mask)
-    # N rows of P columns only; room for completions comes afterwards, once per sample. The
-    # last token drawn is never read, so it gets no column.
     out = model.apply(
         weights, prompts.tokens, positions, prompts.mask, model.init_cache(rows, width)
     )
     logits = jnp.repeat(model.logits(head, out.hidden[:, -1]), samples, axis=0)  # [B V]
     counts = jnp.repeat(counts, samples, axis=0)
     shape = (rows * samples, max_tokens)
+    # The last token drawn is never read, so it gets no column. A loop that never runs is compiled
+    # too, and wants one.
+    columns = max(max_tokens - 1, 1)
     state = Decoding(
         position=jnp.zeros((), jnp.int32),
         alive=jnp.ones(shape[:1], bool),
         token=jnp.zeros(shape[:1], jnp.int32),
-        cache=expand_cache(out.cache, samples, max_tokens - 1),
+        cache=continued_cache(model, out.cache, samples, columns),
         tokens=jnp.full(shape, tables.pad, jnp.int32),
         mask=jnp.zeros(shape, bool),
         logprobs=jnp.zeros(shape, jnp.float32),

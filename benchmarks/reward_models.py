@@ -87,10 +87,10 @@ RECIPES = {
         options=dict(format="dialogue"), model=_ONE_LAYER, longest=768,
     ),
     "prmbench": Recipe(
-        "steps", "prmbench", 512, 16, 150, 3e-3, 0.1, model=_HEADS, longest=1024,
+        "steps", "prmbench", 512, 16, 200, 3e-3, 0.1, model=_HEADS, longest=1024,
     ),
     "bigbench_mistake": Recipe(
-        "steps", "bigbench_mistake", 512, 16, 150, 3e-3, 0.1, model=_HEADS, longest=1024,
+        "steps", "bigbench_mistake", 512, 16, 200, 3e-3, 0.1, model=_HEADS, longest=1024,
     ),
 }  # fmt: skip
 

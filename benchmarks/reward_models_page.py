@@ -266,10 +266,14 @@ def best_writers_share(files: pathlib.Path) -> float:
 
 
 def shown_command(folder: pathlib.Path, hidden: Mapping[str, str]) -> str:
-    """The command of `rlhf_jax.evaluate` and the head of what it wrote."""
+    """The command of `rlhf_jax.evaluate` and the overviews of what it wrote."""
     command = without(read_text(folder / "command.txt"), hidden)
     lines = without(read_text(folder / "report.md"), hidden).splitlines()
-    kept = lines[: next(i for i, line in enumerate(lines) if line.startswith("### "))]
+    kept, single = [], False  # all but what is said of single sets
+    for line in lines:
+        single = line.startswith("### ") or (single and not line.startswith("## "))
+        if not single:
+            kept.append(line)
     quoted = "\n".join(f"> {line}".rstrip() for line in kept).rstrip("> \n")
     return f"    {command}\n\n{quoted}"
 
@@ -305,7 +309,7 @@ def opening(named: Mapping[str, Sequence[Results]], workdir: pathlib.Path, comma
 
 {day}, {machine_and_versions(summaries[0])}. Written by that command, which runs what is not done
 yet: {len(summaries)} trainings by `train_reward`, each measured by `evaluate_reward`, and
-`rlhf_jax.evaluate` once as a user starts it; {seconds / 60:.0f} minutes in all. All are tiny models,
+`rlhf_jax.evaluate` once as a user starts it; {seconds / 60:.0f} minutes in all. All are tiny,
 start from random weights and train for about a minute at most, so they show what the programs do
 with real data, not what reward models can do.
 
@@ -384,6 +388,6 @@ that fill the window, blank wrong steps.
 
 The process model that learnt from PRMBench (first seed), on RM-Bench and on ProcessBench's GSM8K
 part as they were published. Texts without an outcome head are scored by their worst step. Of
-report.md the part above the single sets:
+report.md all but what is said of single sets:
 
 {shown_command(workdir / "command", hidden)}"""

@@ -26,7 +26,7 @@ class Provenance(TypedDict, total=False):
 class Probes(TypedDict, total=False):
     """What a reward model's card probes it with."""
 
-    source: str  # whose texts; else the first held-out source, or the first of training
+    source: str  # whose texts; else held-out pairs, another held-out source, or pairs of training
     records: Count
     pairs: str  # jsonl:PATH, pairs of one's own
 

@@ -74,10 +74,12 @@ def open_probes(
         ValueError: naming ``card.probes.pairs``, file and line.
     """
     section = config.card.get("probes", {})
-    held_out = list(config.eval.sources)
-    label = section.get("source", "") or (held_out or list(config.sources))[0]
-    use = "held out" if label in held_out else "training"
-    sources = config.eval.sources if label in held_out else config.sources
+    known = config.eval.sources or config.sources
+    # Pairs have two texts for a prompt, which all probes can read.
+    first = min(known, key=lambda label: known[label].kind != "pairs")
+    label = section.get("source", "") or first
+    use = "held out" if label in config.eval.sources else "training"
+    sources = config.eval.sources if use == "held out" else config.sources
     name, head = section.get("pairs", ""), sources[label].get("head", "")
     if not name or later(ConfigDict(dict(name=name))):
         return Probed(label, use, head, ())

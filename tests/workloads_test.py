@@ -113,7 +113,7 @@ def test_share_of_a_letter():
 
 
 def test_bad_input_is_named(tmp_path, capsys):
-    with pytest.raises(ValueError, match="no prompts.json"):
+    with pytest.raises(ValueError, match=r"no prompts\.json"):
         workloads.main("D", [*SMALL, f"--workdir={tmp_path}"])
     with pytest.raises(SystemExit):
         workloads.parse("D", ["--workload=E"])

@@ -13,7 +13,7 @@ from scipy import special
 from rlhf_jax.data.preferences import VOTES, label_from_votes
 from rlhf_jax.ops.calibration import expected_calibration_error, log_loss, pair_claims
 from rlhf_jax.ops.reward_metrics import pair_accuracy
-from tests.worlds.linear import linear_model, zero_heads, pairs, scorer, trainer
+from tests.worlds.linear import linear_model, pairs, scorer, trainer, zero_heads
 
 COUNT, FEATURES = 20_000, 8
 RIDGE = 1e-6

@@ -126,7 +126,8 @@ def test_intervals_are_over_prompts_and_the_gain_is_paired():
     after = Found([], before.gold + 0.5, zeros + 5, zeros + 2)
     numbers = numbers_of({"before": before, "after": after}, "before")
     assert numbers["before/gold"] == 0.5
-    assert numbers["before/gold_high"] == pytest.approx(0.5 + 1.959964 * 0.5 / np.sqrt(3))
+    # Student's t with two degrees of freedom.
+    assert numbers["before/gold_high"] == pytest.approx(0.5 + 4.302653 * 0.5 / np.sqrt(3))
     # Every prompt gained as much: the prompts' differences do not blur it.
     gain = [numbers[f"after/gold_gain{end}"] for end in ("", "_low", "_high")]
     assert gain == [0.5, 0.5, 0.5]

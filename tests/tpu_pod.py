@@ -155,6 +155,13 @@ class Pod:
             assert time.monotonic() < deadline, self.run("--logs").stdout
             time.sleep(0.2)
 
+    def wait_until_started(self):
+        """Until every worker's program has written what it was called with."""
+        deadline = time.monotonic() + 30
+        while not all((worker / "arguments").exists() for worker in self.workers):
+            assert time.monotonic() < deadline, self.run("--logs").stdout
+            time.sleep(0.1)
+
     def arguments(self, worker: int = 0) -> list[str]:
         return (self.workers[worker] / "arguments").read_text().split("\0")[:-1]
 

@@ -76,7 +76,8 @@ class Norm(nn.Module):
         if layer:
             x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        x = jnp.einsum("...d,d->...d", x, 1.0 + scale if plus_one else scale)
+        # Not an einsum: its gradient by the scale is a product for each of D, six times as slow.
+        x = x * jnp.broadcast_to(1.0 + scale if plus_one else scale, x.shape)
         if layer:
             bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), dtype)
             x = x + jnp.broadcast_to(bias.astype(jnp.float32), x.shape)
@@ -130,9 +131,11 @@ class Projection(nn.Module):
         stored = "float32" if name.startswith("lora_") else self.config.param_dtype
         weight = self.param(name, init, shape, jnp.dtype(stored))
         compute = jnp.dtype(self.config.compute_dtype)
-        return jnp.tensordot(
-            x.astype(compute), weight.astype(compute), axes, preferred_element_type=self.dtype
-        )
+        # One axis of rows: with two, the gradient of W is contracted over both, and XLA on CPUs
+        # transposes a copy of dy first and multiplies at half the speed.
+        rows = x.reshape(-1, *x.shape[x.ndim - axes :]).astype(compute)
+        y = jnp.tensordot(rows, weight.astype(compute), axes, preferred_element_type=self.dtype)
+        return y.reshape(*x.shape[: x.ndim - axes], *shape[axes:])
 
 
 class Attention(nn.Module):

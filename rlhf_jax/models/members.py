@@ -8,7 +8,8 @@
 (M a trunk, L its heads, A adapters; Zhang et al. 2024, https://arxiv.org/abs/2401.16635, table 1.)
 Leaves of a member's own lie stacked in one tree, the member axis E before all others, so that one
 program trains or asks all members: a `jax.vmap` over what is their own and over nothing else. What
-depends on shared leaves alone is computed once, which for "linear" is all but the heads.
+depends on shared leaves alone is computed once, which for "linear" is all but the heads. Members
+without a common trunk score the same rows one after the other, in a loop of the same program.
 """
 
 from collections.abc import Callable, Mapping
@@ -84,7 +85,15 @@ def each_member(
         by_member: trees with a leading member axis; what `run` closes over all members read.
     """
     own, shared = split_members(params, config)
-    return jax.vmap(lambda mine, *given: run(join(mine, shared), *given))(own, *by_member)
+
+    def run_one(mine, *given):
+        return run(join(mine, shared), *given)
+
+    # Members whose trunks differ read common rows in turn: one member's activations at a time,
+    # and with adapters products are those of one model (5 members: 5.3 times one, not 6.3).
+    if config.ensemble != "linear" and not by_member:
+        return jax.lax.map(run_one, own)
+    return jax.vmap(run_one)(own, *by_member)
 
 
 def num_parameters(shapes: Params) -> int:

@@ -55,7 +55,7 @@ from rlhf_jax.training.objective import (
     present_rows,
 )
 from rlhf_jax.training.state import create_train_state
-from rlhf_jax.types import Array, Metrics, Mixture, Params, TrainState
+from rlhf_jax.types import Array, Metrics, Mixture, Pairs, Params, TrainState
 
 __all__ = [
     "check_smoothing",

@@ -76,8 +76,7 @@ class Norm(nn.Module):
         if layer:
             x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        # Not an einsum: its gradient by the scale is a product for each of D, six times as slow.
-        x = x * jnp.broadcast_to(1.0 + scale if plus_one else scale, x.shape)
+        x = jnp.einsum("...d,d->...d", x, 1.0 + scale if plus_one else scale)
         if layer:
             bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), dtype)
             x = x + jnp.broadcast_to(bias.astype(jnp.float32), x.shape)

@@ -39,22 +39,19 @@ def run(folder, program, config, processes):
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
     job = [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={processes}"]
-    members = [
-        subprocess.Popen(
-            [*command, *(() if processes == 1 else (*job, f"--process_id={n}"))],
-            env=env,
-            cwd=folder,
-            stdout=subprocess.DEVNULL,
-            stderr=(folder / f"log_{n}").open("w"),
-        )
-        for n in range(processes)
-    ]
+    members = []
+    for n in range(processes):
+        own = () if processes == 1 else (*job, f"--process_id={n}")
+        with (folder / f"log_{n}").open("w") as log:
+            options = dict(env=env, cwd=folder, stdout=subprocess.DEVNULL, stderr=log)
+            members.append(subprocess.Popen([*command, *own], **options))
     try:
         for n, member in enumerate(members):
             assert member.wait(TIMEOUT) == 0, (folder / f"log_{n}").read_text()[-3000:]
     finally:
         for member in members:
             member.kill()
+            member.wait()
     return folder / "run"
 
 

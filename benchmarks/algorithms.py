@@ -25,7 +25,7 @@ from rlhf_jax.pipeline import pipeline
 from rlhf_jax.program import set_up_logging
 from rlhf_jax.train_policy import train_policy
 
-ITERATIONS = 30  # of 64 prompts x 4 samples
+ITERATIONS = 20  # of 64 prompts x 4 samples
 PROBLEMS = 1_000  # of the test split
 START = "sft"
 # The section of the algorithm; what it does not say is the paper's. β is what holds the policy near
@@ -44,7 +44,8 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "best_of_n": dict(),
     "online_dpo": dict(),
 }
-RATES: Mapping[str, float] = {}
+# Where PPO's learning rate goes too far: imitation collapses, and pairs pull without end.
+RATES: Mapping[str, float] = {"best_of_n": 1e-4, "online_dpo": 1e-4}
 
 
 def base_config(seed: int, small: bool) -> ConfigDict:

@@ -22,6 +22,7 @@ from rlhf_jax.data.steps import step_labels
 from rlhf_jax.data.texts import texts
 from rlhf_jax.mesh import ShardingRules, batch_shards, make_mesh, shard_rows
 from rlhf_jax.ops.step_labels import check_how
+from rlhf_jax.policy_sections import AlgorithmWrappers
 from rlhf_jax.rewards.base import (
     aggregate_steps,
     clip,
@@ -36,6 +37,7 @@ from rlhf_jax.sections import Wrappers
 from rlhf_jax.text.tokenizer import Tokenizer, load_tokenizer
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.types import Algorithm, Needs, Reward, Sampling
+from rlhf_jax.wrapping import wrap_algorithm
 
 KINDS = {"texts": texts, "pairs": pairs, "correctness": correctness, "steps": step_labels}
 # Keys of a source's section: where its records come from, and what the run does with them.
@@ -45,6 +47,8 @@ _RUN = ("kind", "weight", "rows", "head", "max_prompt", "tokenizer", "chat_templ
 RESOURCES = ("model", "params", "mesh", "decode", "records", "rows")
 # Keys of a reward's section that wrap the reward; all others go to its factory.
 _WRAPPERS = tuple(Wrappers.__annotations__)
+# Keys of the algorithm's section that wrap the algorithm; all others go to its function.
+_AROUND = tuple(AlgorithmWrappers.__annotations__)
 
 
 class Rollout(NamedTuple):
@@ -157,11 +161,15 @@ def mesh(config: ConfigDict) -> tuple[Mesh, ShardingRules]:
 
 
 def algorithm(config: ConfigDict) -> Algorithm:
-    """The algorithm that ``config.algorithm.name`` names, made with the section's other keys."""
+    """The algorithm that ``config.algorithm.name`` names with its wrappers, in the order
+    correction, omit_truncated, select; the section's other keys go to its function."""
     factory = member("algorithm", "algorithms", config.algorithm)
-    values = {k: v for k, v in config.algorithm.to_dict().items() if k != "name"}
-    check_call("algorithm", factory, values, also=("name",))
-    return call("algorithm", factory, values)
+    section = config.algorithm.to_dict()
+    values = {k: v for k, v in section.items() if k not in _AROUND}
+    check_call("algorithm", factory, values, also=_AROUND)
+    around = {k: v for k, v in section.items() if k in _AROUND}
+    check_section("algorithm", around, AlgorithmWrappers)
+    return wrap_algorithm(config, call("algorithm", factory, values), around)
 
 
 def check_sampling(section: ConfigDict) -> None:

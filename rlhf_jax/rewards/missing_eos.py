@@ -18,7 +18,7 @@ def missing_eos(*, penalty: float | int = -1.0) -> Reward:
     """
     if not penalty < 0:
         raise ValueError(
-            f"missing_eos: penalty={penalty}, wanted a number below 0; leave the reward out for none"
+            f"missing_eos: penalty={penalty}, wanted a number below 0; for none leave it out"
         )
     return device_reward(
         "missing_eos", lambda rollouts: penalty * jnp.asarray(rollouts.truncated, jnp.float32)

@@ -20,6 +20,7 @@ from rlhf_jax.data.prompts import PromptSource
 from rlhf_jax.data.sources import RecordSource, open_source
 from rlhf_jax.data.steps import step_labels
 from rlhf_jax.data.texts import texts
+from rlhf_jax.k_axis import hold
 from rlhf_jax.mesh import ShardingRules, batch_shards, make_mesh, shard_rows
 from rlhf_jax.ops.step_labels import check_how
 from rlhf_jax.policy_sections import AlgorithmWrappers
@@ -59,6 +60,7 @@ class Rollout(NamedTuple):
     max_tokens: int
     rows: int
     max_draws: int
+    lr_factor: float = 1.0  # of the K axis
 
 
 def call(path: str, factory: Callable, values: Mapping[str, Any], **ours: Any) -> Any:
@@ -182,9 +184,12 @@ def sampling(section: ConfigDict) -> Sampling:
     return call("rollout.sampling", make_sampling, section.to_dict())
 
 
-def optimizer(path: str, section: ConfigDict, steps: int):
-    """An optimizer for ``steps`` optimizer steps."""
-    return call(path, make_optimizer, section.to_dict(), steps=steps)
+def optimizer(path: str, section: ConfigDict, steps: int, *, lr_factor: float = 1.0):
+    """An optimizer for ``steps`` optimizer steps; its learning rate is multiplied by a factor."""
+    values = section.to_dict()
+    check_call(path, make_optimizer, values, given=("steps",))
+    values["learning_rate"] *= lr_factor
+    return call(path, make_optimizer, values, steps=steps)
 
 
 def rollout(config: ConfigDict, needs: Needs, axes: Mesh, rules: ShardingRules) -> Rollout:
@@ -200,13 +205,14 @@ def rollout(config: ConfigDict, needs: Needs, axes: Mesh, rules: ShardingRules) 
             f"{needs.min_group} or more; set rollout.samples"
         )
     parts = updates.minibatches * updates.microbatches
-    if sizes.prompts % parts:
+    shards = batch_shards(axes, rules)
+    held = hold(sizes, multiple=parts * shards)
+    if held.prompts % parts:
         raise ValueError(
             f"rollout.prompts={sizes.prompts} does not divide into updates.minibatches="
             f"{updates.minibatches} x updates.microbatches={updates.microbatches} whole groups"
         )
-    shards = batch_shards(axes, rules)
-    if (sizes.prompts // parts) % shards:
+    if (held.prompts // parts) % shards:
         raise ValueError(
             f"a microbatch holds {sizes.prompts // parts} prompts (rollout.prompts="
             f"{sizes.prompts} / {parts}), which the mesh's {shards} batch shards do not divide; "
@@ -219,11 +225,12 @@ def rollout(config: ConfigDict, needs: Needs, axes: Mesh, rules: ShardingRules) 
             f"add extra.{missing[0]} to the config"
         )
     return Rollout(
-        prompts=sizes.prompts,
+        prompts=held.prompts,
         samples=sizes.samples,
         max_tokens=sizes.max_tokens,
-        rows=sizes.prompts * sizes.samples // parts,
+        rows=held.prompts * sizes.samples // parts,
         max_draws=sizes.max_draws,
+        lr_factor=held.lr_factor,
     )
 
 

@@ -14,6 +14,7 @@ import jax
 from ml_collections import ConfigDict
 
 from rlhf_jax import base_files, policy_run, program, run_folder
+from rlhf_jax.k_axis import axis_metrics
 from rlhf_jax.ops.metrics import add
 from rlhf_jax.policy_plan import make_plan
 from rlhf_jax.policy_run import PolicyRun
@@ -124,6 +125,7 @@ def iterate(run: PolicyRun, state: RunState, step: int) -> tuple[RunState, Itera
         )
         state = run.advance(state, rewards={**state.rewards, "device": device})
         metrics = add(metrics, reward_metrics)
+    metrics = add(metrics, axis_metrics(run.plan.config.rollout, sizes.prompts, sizes.lr_factor))
     return state, Iteration(rollouts, scores, add(metrics, update_metrics))
 
 

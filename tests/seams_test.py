@@ -73,9 +73,10 @@ def test_toys_are_short():
     "algorithm",
     [
         dict(name="ppo", kl_coef=0.0),  # a separate critic: a tree and an optimizer of its own
-        dict(name="grpo"),
-        dict(name="tests.toys.superhf"),
-        dict(name="tests.toys.online_dpo"),
+        dict(name="rloo", kl_coef=0.0),
+        dict(name="superhf", kl_coef=0.01),
+        dict(name="online_dpo"),
+        dict(name="best_of_n"),
     ],
     ids=lambda algorithm: algorithm["name"].rpartition(".")[2],
 )
@@ -88,7 +89,7 @@ def test_an_algorithm_is_one_file(algorithm, tmp_path, monkeypatch):
 
 def test_dynamic_sampling_refills_groups(tmp_path, monkeypatch):
     wrappers = dict(correction=dict(how="tis"), select=dict(how="signal", reward="likes"))
-    config = toy_config(dict(name="tests.toys.dynamic") | wrappers)
+    config = toy_config(dict(name="dapo") | wrappers)
     config.rollout.max_draws = 3
     config.rollout.axis = dict(samples=2, hold="samples", lr_scale="linear")
     config.rollout.prompts = 16  # of 2 samples, which are 8 of 4

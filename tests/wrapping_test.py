@@ -4,6 +4,7 @@ import pytest
 
 from configs.ppo_tiny import get_config
 from rlhf_jax import build
+from rlhf_jax.algorithms.grpo import grpo
 
 
 def config_with(**algorithm):
@@ -14,11 +15,12 @@ def config_with(**algorithm):
 
 
 def test_without_wrappers_the_algorithm_is_the_functions_own():
-    plain = build.algorithm(config_with())
-    assert plain.select is None
-    assert plain.targets.__qualname__.startswith("grpo.")
-    off = build.algorithm(config_with(omit_truncated=False))
-    assert off.targets.__qualname__.startswith("grpo.")
+    own = grpo(kl_coef=0.0)
+    for wrappers in ({}, dict(omit_truncated=False)):
+        plain = build.algorithm(config_with(**wrappers))
+        assert plain.select is None
+        assert plain.targets.__qualname__ == own.targets.__qualname__
+        assert plain.loss.__qualname__ == own.loss.__qualname__
 
 
 @pytest.mark.parametrize(

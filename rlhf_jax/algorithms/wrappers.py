@@ -1,9 +1,10 @@
 """Functions from an algorithm to an algorithm: correct for the sampler, omit rows, select groups.
 
 Keys of the config's `algorithm` section beside those of its function, put around it in this order:
-``correction``, ``omit_truncated``, ``select``. Each changes targets alone (and `select`); an
-algorithm that a wrapper would change in silence, or not at all, leaves it out of `Algorithm.wraps`.
-Nothing here is a member of the shelf.
+``correction``, ``omit_truncated``, ``select``. Each changes targets alone (and `select`), so the
+first two want a loss whose term "policy" is a mean over tokens or completions of something
+proportional to the advantage; an algorithm of another kind leaves them out of `Algorithm.wraps`,
+and one without such a term is refused in any case. Nothing here is a member of the shelf.
 """
 
 import dataclasses
@@ -43,8 +44,8 @@ def correction(
 
     What a mask takes out still counts in the mean's divisor, as in published trainers; values,
     the KL in the loss and the entropy bonus are not weighed. ``policy/corrected`` is the share of
-    tokens where a bound acted. Not for losses that are not proportional to advantages: imitation
-    and DPO take samples of any policy.
+    tokens where a bound acted. Not for imitation and DPO, which take samples of any policy as they
+    are: what was best of K is no sample of π_roll, and a pair has no weight.
 
     Example:
         >>> corrected = correction(grpo(), how="tis", high=2.0)
@@ -66,6 +67,7 @@ def correction(
     @jax.named_scope("correction_loss")
     def loss(output, experience, targets, group_size):
         terms, metrics = algorithm.loss(output, experience, targets, group_size)
+        _check_terms("correction", terms)
         _, held = weigh(experience)
         share = mean_of(held, experience.rollouts.mask)
         return terms, {**metrics, "policy/corrected": share}
@@ -89,7 +91,12 @@ def omit_truncated(algorithm: Algorithm) -> Algorithm:
         ended = ~jnp.asarray(experience.rollouts.truncated)
         return dataclasses.replace(made, mask=made.mask & ended[:, None]), state
 
-    return algorithm._replace(targets=targets)
+    def loss(output, experience, targets, group_size):
+        terms, metrics = algorithm.loss(output, experience, targets, group_size)
+        _check_terms("omit_truncated", terms)
+        return terms, metrics
+
+    return algorithm._replace(targets=targets, loss=loss)
 
 
 def select(
@@ -138,6 +145,15 @@ def select(
         return dataclasses.replace(made, mask=made.mask & kept[:, None]), state
 
     return algorithm._replace(targets=targets, select=chosen)
+
+
+def _check_terms(key, terms):
+    """Half of a pair, say, would be trained on in silence."""
+    if "policy" not in terms:
+        raise ValueError(
+            f"algorithm.{key} changes the term 'policy' of a loss, and this one has only "
+            f"{', '.join(sorted(terms))}; leave {key} out"
+        )
 
 
 def _part(scores, reward):

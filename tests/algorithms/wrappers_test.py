@@ -1,6 +1,7 @@
 """Wrappers around algorithms: weights, masks and selections in literal numbers and by loops."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -260,32 +261,43 @@ def test_a_part_that_nobody_says_is_named():
         select(grpo(), how="signal", reward="exact").select(experience.scores, GROUP)
 
 
+def shelf_member(name, key, make):
+    """A member that takes the wrapper `key`, its batch, and what its plain loss has for terms."""
+    algorithm = find("algorithms", name)()
+    if key not in algorithm.wraps:
+        pytest.skip(f"{name} does not take {key}")
+    experience, output = make_batch(algorithm)
+    cut = np.arange(ROWS) % 3 == 0
+    rollouts = dataclasses.replace(experience.rollouts, truncated=jnp.asarray(cut))
+    experience = dataclasses.replace(experience, rollouts=rollouts)
+    _, terms, _ = terms_of(algorithm, experience, output)
+    if "policy" not in terms:  # nothing goes wrong in silence
+        with pytest.raises(ValueError, match=f"algorithm.{key} changes the term 'policy'"):
+            terms_of(make(algorithm), experience, output)
+        pytest.skip(f"{name} is refused when it is traced")
+    return algorithm, experience, output, cut
+
+
 @pytest.mark.parametrize("name", SHELF)
 def test_a_member_is_proportional_to_advantages_where_it_takes_a_correction(name):
     """Else a correction would change it as nobody says, or not at all."""
-    algorithm = find("algorithms", name)()
-    experience, output = make_batch(algorithm)
+    key, make = "correction", functools.partial(correction, how="tis")
+    algorithm, experience, output, _ = shelf_member(name, key, make)
     targets, _ = algorithm.targets(experience, GROUP, algorithm.init())
 
     def policy(factor):
         scaled = dataclasses.replace(targets, advantages=factor * targets.advantages)
         terms, _ = algorithm.loss(output, experience, scaled, GROUP)
-        return terms["policy"].mean.total if "policy" in terms else jnp.nan
+        return terms["policy"].mean.total
 
-    one, three = policy(1.0), policy(3.0)
-    assert bool(jnp.isclose(three, 3 * one, rtol=1e-5)) == ("correction" in algorithm.wraps)
+    np.testing.assert_allclose(policy(3.0), 3 * policy(1.0), rtol=1e-5)
+    assert float(policy(1.0)) != 0.0
 
 
 @pytest.mark.parametrize("name", SHELF)
 def test_rows_of_a_member_are_on_their_own_where_it_takes_omission(name):
     """What is left of the gradient is what it was, for every row that still trains."""
-    algorithm = find("algorithms", name)()
-    if "omit_truncated" not in algorithm.wraps:
-        pytest.skip(f"{name} does not take it")
-    experience, output = make_batch(algorithm)
-    cut = np.arange(ROWS) % 3 == 0
-    rollouts = dataclasses.replace(experience.rollouts, truncated=jnp.asarray(cut))
-    experience = dataclasses.replace(experience, rollouts=rollouts)
+    algorithm, experience, output, cut = shelf_member(name, "omit_truncated", omit_truncated)
 
     def slope(algorithm):
         targets, _ = algorithm.targets(experience, GROUP, algorithm.init())

@@ -179,6 +179,26 @@ CASES = [
     ("train_policy", {"mesh.data": 3}, "mesh .* does not fit 4 devices"),
     ("train_sft", {"sources.demonstrations.rows": 6}, "demonstrations.rows=6 does not divide"),
     ("label_samples", {"rollout.prompts": 6}, "prompts=6 does not divide over the mesh's 4"),
+    # around an algorithm, and the K axis
+    (
+        "train_policy",
+        {"algorithm": dict(name="grpo", correction=dict(how="token_mask", low=3.0))},
+        "algorithm.correction: low=3.0 and high=2.0; wanted 0 <= low <= 1 <= high",
+    ),
+    (
+        "train_policy",
+        {
+            "algorithm": dict(name="grpo", select=dict(how="signal", reward="exat")),
+            "rollout.max_draws": 2,
+        },
+        r"algorithm.select.reward='exat' is none of rewards; did you mean 'exact'",
+    ),
+    ("train_policy", {"rollout.axis": dict(samples=0)}, "axis.samples=0; wanted 1 or more"),
+    (
+        "train_policy",
+        {"rollout.axis": dict(samples=3, hold="samples")},
+        "makes 6 prompts .* wanted a multiple of 8 .* Samples that work: 1, 3; or make",
+    ),
     # prompts over the limit, no data
     ("train_policy", {"data.max_prompt": 7}, r"data: .* but max_prompt=7; \d+ of 512 record"),
     ("train_policy", {"data.overlong": "cut"}, "overlong='cut' is not one of error, skip, trunc"),

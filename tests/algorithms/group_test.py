@@ -263,6 +263,22 @@ def test_has_signal_is_false_of_equal_rewards_alone():
     assert all(find("algorithms", name)().select is None for name in FAMILY if name != "dapo")
 
 
+def test_choices_and_constants_are_refused():
+    for options, message in [
+        ({"scale": "mad"}, "unknown scale 'mad'; known: std, none"),
+        ({"credit": "token"}, "unknown credit 'token'; known: sequence, steps"),
+        ({"aggregate": "mean"}, "unknown aggregation 'mean'"),
+        ({"aggregate": "sequence_mean_token_sum_norm"}, "needs a constant above 0, got None"),
+        ({"constant": 512}, "uses no constant, got 512"),
+        ({"ratio": "turn"}, "unknown ratio 'turn'; known: token, sequence"),
+        ({"kl_place": "reward", "kl_weighted": True}, "rewards have no ratio; set kl_place='loss'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            find("algorithms", "grpo")(**options)
+    with pytest.raises(ValueError, match="needs a constant above 0, got 0"):
+        find("algorithms", "dr_grpo")(constant=0)
+
+
 @pytest.mark.parametrize("name", [*FAMILY, "rloo", "best_of_n", "superhf", "online_dpo"])
 def test_comparisons_need_two(name):
     assert find("algorithms", name)().needs.min_group == 2

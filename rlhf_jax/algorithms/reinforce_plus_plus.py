@@ -14,7 +14,12 @@ a group of almost equal samples is not blown up.
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.algorithms.base import policy_terms, token_rewards
+from rlhf_jax.algorithms.base import (
+    penalised_scores,
+    policy_terms,
+    sequence_rewards,
+    token_rewards,
+)
 from rlhf_jax.ops import groups, masking
 from rlhf_jax.ops.returns import discounted_returns
 from rlhf_jax.ops.surrogate import Surrogate, check_surrogate
@@ -70,8 +75,8 @@ def reinforce_plus_plus(
         mask = experience.rollouts.mask
         rewards = token_rewards(experience, kl_coef=surrogate.reward_kl, estimator=kl_estimator)
         if baseline == "group":
-            mean = groups.group_mean(jnp.sum(rewards, axis=-1), group_size)
-            rewards = rewards - masking.place_at_last(mean, mask)
+            totals = sequence_rewards(penalised_scores(experience, surrogate), mask)
+            rewards = rewards - masking.place_at_last(groups.group_mean(totals, group_size), mask)
         returns = discounted_returns(rewards, mask, gamma=gamma)
         advantages = masking.whiten(returns, mask)
         return Targets(advantages=advantages, returns=returns, mask=jnp.asarray(mask)), state

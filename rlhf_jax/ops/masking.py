@@ -61,16 +61,22 @@ def whiten(
 ) -> Float[Array, "*S"]:
     """Scales the true entries of x to variance 1 and (with `shift_mean`) mean 0; padding is 0.
 
-    y = (x − mean x) / sqrt(var x + 1e-8)  over all true entries of all axes.
+    y = (x − mean x) / sqrt(var x + 1e-8)  over all true entries of all axes; exactly 0 where they
+    are all equal.
 
     Without `shift_mean` the mean is left where it was: only the spread is scaled.
     """
     x = fill_padding(x, mask).astype(jnp.float32)
+    # Around the largest: the mean of equal numbers is not that number in float32, and what is
+    # left of the difference over 1e-4 would be an advantage.
+    top = jax.lax.stop_gradient(jnp.max(x, where=mask, initial=-jnp.inf))
+    top = jnp.where(jnp.any(mask), top, 0.0)
+    x = x - _like(top, x)
     mean = masked_mean(x, mask)
     centred = x - _like(mean, x)
     scaled = centred * _like(jax.lax.rsqrt(masked_var(x, mask) + _WHITEN_EPS), x)
     if not shift_mean:
-        scaled = scaled + _like(mean, x)
+        scaled = scaled + _like(mean + top, x)
     return fill_padding(scaled, mask)
 
 

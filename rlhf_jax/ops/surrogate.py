@@ -89,6 +89,11 @@ def check_surrogate(surrogate: Surrogate) -> None:
             raise ValueError(f"{name}={getattr(surrogate, name)}; wanted 0 or more")
     if surrogate.kl_weighted and surrogate.kl_place != "loss":
         raise ValueError("kl_weighted=True, but rewards have no ratio; set kl_place='loss'")
+    if surrogate.kl_weighted and surrogate.kl_estimator in ("k2", "k3+"):
+        raise ValueError(
+            f"kl_weighted=True with kl_estimator={surrogate.kl_estimator!r}: times the ratio only "
+            "k1 and k3 have the gradient of the KL; set 'k3'"
+        )
     limit = 1 + surrogate.clip_high
     if surrogate.dual_clip is not None and not surrogate.dual_clip > limit:
         raise ValueError(

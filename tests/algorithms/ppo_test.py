@@ -1,162 +1,162 @@
-"""PPO end to end against a Python loop over one small batch, and its reductions."""
+"""PPO against a loop, values and gradients, and its reductions."""
 
-import math
+import dataclasses
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rlhf_jax.algorithms.ppo import ppo
-from rlhf_jax.types import CompletionOutput, Experience, Prompts, Rollouts, Scores
-
-LENGTHS = (3, 1, 2, 4)
-
-
-def batch(seed=0):
-    """Rows of 3, 1, 2 and 4 valid tokens, groups of 2, NaN in padding."""
-    rng = np.random.default_rng(seed)
-    mask = np.arange(4)[None, :] < np.array(LENGTHS)[:, None]
-
-    def floats(scale=1.0):
-        x = np.where(mask, scale * rng.normal(size=mask.shape), np.nan)
-        return jnp.asarray(x, jnp.float32)
-
-    zeros = jnp.zeros(2, jnp.int32)
-    prompts = Prompts(
-        tokens=zeros[:, None], mask=jnp.ones((2, 1), bool), record=zeros, source=zeros, draw=zeros
-    )
-    rollouts = Rollouts(
-        prompts=prompts,
-        tokens=jnp.zeros(mask.shape, jnp.int32),
-        mask=jnp.asarray(mask),
-        step_ends=jnp.zeros(mask.shape, bool),
-        logprobs=floats(),
-        behaviour_logprobs=floats(),
-        truncated=jnp.zeros(4, bool),
-        sample=jnp.arange(4) % 2,
-        version=jnp.zeros(4, jnp.int32),
-    )
-    experience = Experience(
-        rollouts=rollouts,
-        scores=Scores(outcome=jnp.array([0.7, -0.25, 1.5, 0.1]), process=floats(0.3), parts={}),
-        logprobs=floats(),
-        ref_logprobs=floats(),
-        values=floats(),
-        extra={},
-    )
-    # Ratios on both sides of every clip.
-    output = CompletionOutput(
-        logprobs=experience.logprobs + floats(0.6),
-        entropy=jnp.abs(floats()),
-        scores={"value": experience.values + floats(0.4)},
-    )
-    return experience, output
+from tests.algorithms import loops
+from tests.algorithms.loops import Loss, Wanted, batch, ours
 
 
-def loop_ppo(experience, output, *, gamma, lam, beta, clip, value_clip, dual):
-    """Every token in turn, in float64, as PPO is written down."""
-    tokens = [(i, t) for i, n in enumerate(LENGTHS) for t in range(n)]
+def ppo_loop(
+    experience, loss, *, gamma=1.0, lam=0.95, critic_lam=None, beta=0.0, estimator="k1",
+    white=True, value_clip=0.2, value_coef=1.0,
+):  # fmt: skip
+    """PPO as it is written down, with rewards per token and the clipped value loss."""
+    rows = loops.rows_of(experience)
+    rewards = [loops.token_rewards(row, beta, estimator) for row in rows]
 
-    def at(x, i, t):
-        return float(x[i, t])
+    def estimates(lam):
+        return [loops.gae(r, row.values, gamma, lam) for r, row in zip(rewards, rows, strict=True)]
 
-    advantage, target = {}, {}
-    for i, n in enumerate(LENGTHS):
-        following_value = following_advantage = 0.0
-        for t in reversed(range(n)):
-            reward = at(experience.scores.process, i, t) - beta * (
-                at(experience.logprobs, i, t) - at(experience.ref_logprobs, i, t)
-            )
-            if t == n - 1:
-                reward += float(experience.scores.outcome[i])
-            value = at(experience.values, i, t)
-            error = reward + gamma * following_value - value
-            following_advantage = error + gamma * lam * following_advantage
-            following_value = value
-            advantage[i, t], target[i, t] = following_advantage, following_advantage + value
-    mean = sum(advantage.values()) / len(tokens)
-    deviation = math.sqrt(sum((a - mean) ** 2 for a in advantage.values()) / len(tokens))
-    policy = value_loss = 0.0
-    for i, t in tokens:
-        a = (advantage[i, t] - mean) / deviation
-        ratio = math.exp(at(output.logprobs, i, t) - at(experience.logprobs, i, t))
-        objective = min(ratio * a, min(max(ratio, 1 - clip), 1 + clip) * a)
-        policy -= max(objective, dual * a) if a < 0 else objective
-        new, old = at(output.scores["value"], i, t), at(experience.values, i, t)
-        near = min(max(new, old - value_clip), old + value_clip)
-        value_loss += 0.5 * max((new - target[i, t]) ** 2, (near - target[i, t]) ** 2)
-    return policy, value_loss
+    advantages = estimates(lam)
+    returns = [
+        [a + v for a, v in zip(row_advantages, row.values, strict=True)]
+        for row_advantages, row in zip(estimates(critic_lam or lam), rows, strict=True)
+    ]
+    if white:
+        advantages = loops.whitened(advantages)
+
+    def terms(point, still):
+        errors = []
+        for new_values, row, goal in zip(point["value"], rows, returns, strict=True):
+            errors.append([])
+            for new, old, target in zip(new_values, row.values, goal, strict=True):
+                error = (new - target) ** 2
+                if value_clip is not None:
+                    near = min(max(new, old - value_clip), old + value_clip)
+                    error = max(error, (near - target) ** 2)
+                errors[-1].append(0.5 * error)
+        value = {"value": (value_coef, loops.mean_over(errors, "token_mean"))}
+        return loops.policy_terms(rows, advantages, loss, point, still) | value
+
+    return Wanted(advantages, returns, terms)
 
 
-def test_against_a_loop():
-    experience, output = batch()
-    algorithm = ppo(gamma=0.97, lam=0.9, kl_coef=0.2, value_coef=0.5, entropy_coef=0.01)
-    targets, state = algorithm.targets(experience, 2, algorithm.init())
-    terms, metrics = algorithm.loss(output, experience, targets, 2)
-    policy, value = loop_ppo(
-        experience, output, gamma=0.97, lam=0.9, beta=0.2, clip=0.2, value_clip=0.2, dual=3.0
-    )
-    assert state == ()
-    assert float(terms["policy"].mean.total) == pytest.approx(policy, rel=1e-5)
-    assert float(terms["value"].mean.total) == pytest.approx(value, rel=1e-5)
-    weights = {name: float(term.weight) for name, term in terms.items()}
-    assert weights == pytest.approx({"policy": 1.0, "value": 0.5, "entropy": -0.01})
-    for term in terms.values():
-        assert float(term.mean.count) == sum(LENGTHS)
-    assert 0 < float(metrics["policy/clip_fraction"].total) < sum(LENGTHS)
-    entropy = sum(float(output.entropy[i, t]) for i, n in enumerate(LENGTHS) for t in range(n))
-    assert float(terms["entropy"].mean.total) == pytest.approx(entropy, rel=1e-5)
+CASES = {
+    "default": ({}, Loss(dual=3.0), {"beta": 0.02}),
+    "everything": (
+        {
+            "gamma": 0.97, "lam": 0.9, "kl_coef": 0.2, "kl_estimator": "k3", "clip": 0.1,
+            "clip_high": 0.4, "dual_clip": 1.5, "value_coef": 0.5, "value_clip": 0.1,
+            "entropy_coef": 0.01,
+        },
+        Loss(low=0.1, high=0.4, dual=1.5, bonus=0.01),
+        {
+            "gamma": 0.97, "lam": 0.9, "beta": 0.2, "estimator": "k3", "value_coef": 0.5,
+            "value_clip": 0.1,
+        },
+    ),
+    "decoupled λ": (
+        {"lam": 0.9, "value_lam": 1.0, "kl_coef": 0.0},
+        Loss(dual=3.0),
+        {"lam": 0.9, "critic_lam": 1.0},
+    ),
+    "KL in the loss, free values, no whitening, no dual clip": (
+        {
+            "kl_coef": 0.3, "kl_estimator": "k2", "kl_place": "loss", "value_clip": None,
+            "whiten": False, "dual_clip": None,
+        },
+        Loss(kl=0.3, estimator="k2"),
+        {"white": False, "value_clip": None},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_against_a_loop(case):
+    options, loss, loop = CASES[case]
+    data = batch()
+    found = loops.assert_agrees("ppo", data, ppo_loop(data[0], loss, **loop), **options)
+    fraction = found.metrics["policy/clip_fraction"]
+    assert 0 < float(fraction.total) < float(fraction.count) == sum(loops.LENGTHS)
+    for term in found.terms.values():
+        assert float(term.mean.count) == sum(loops.LENGTHS)
+
+
+def test_groups_of_one():
+    data = batch(group=1)
+    loops.assert_agrees("ppo", data, ppo_loop(data[0], Loss(dual=3.0), beta=0.02), group=1)
+    assert ppo().needs.min_group == 1
+
+
+def test_what_the_critic_learns_does_not_know_the_actors_lambda():
+    """Decoupled λ: with 1 for the critic its targets are the rewards to go."""
+    data = batch()
+    found = ours("ppo", data, lam=0.9, value_lam=1.0, kl_coef=0.0)
+    rewards = [loops.to_go(loops.token_rewards(row)) for row in loops.rows_of(data[0])]
+    np.testing.assert_allclose(found.targets.returns, loops.padded(rewards), rtol=1e-5, atol=1e-6)
+    coupled = ours("ppo", data, lam=0.9, kl_coef=0.0)
+    np.testing.assert_array_equal(found.targets.advantages, coupled.targets.advantages)
+    assert not np.allclose(found.targets.returns, coupled.targets.returns, atol=0.05)
 
 
 def test_lambda_one_without_whitening_is_return_minus_value():
-    experience, _ = batch()
-    algorithm = ppo(lam=1.0, kl_coef=0.0, whiten=False)
-    targets, _ = algorithm.targets(experience, 2, ())
-    for i, n in enumerate(LENGTHS):
-        rest = float(experience.scores.outcome[i])
-        for t in reversed(range(n)):
-            rest += float(experience.scores.process[i, t])
-            found = float(targets.advantages[i, t])
-            assert found == pytest.approx(rest - float(experience.values[i, t]), abs=1e-5)
-            assert float(targets.returns[i, t]) == pytest.approx(rest, abs=1e-5)
+    data = batch()
+    targets = ours("ppo", data, lam=1.0, kl_coef=0.0, whiten=False).targets
+    rows = loops.rows_of(data[0])
+    returns = [loops.to_go(loops.token_rewards(row)) for row in rows]
+    values = loops.padded([row.values for row in rows])
+    near = {"rtol": 1e-5, "atol": 1e-5}
+    np.testing.assert_allclose(targets.returns, loops.padded(returns), **near)
+    np.testing.assert_allclose(targets.advantages, loops.padded(returns) - values, **near)
 
 
-def test_whitened_advantages_have_mean_zero_and_variance_one_over_valid_tokens():
-    experience, _ = batch()
-    targets, _ = ppo().targets(experience, 2, ())
-    valid = np.asarray(targets.advantages)[np.asarray(targets.mask)]
+def test_first_gradient_is_the_plain_policy_gradient():
+    """At ratio 1 nothing is clipped: the gradient is −A over the tokens, token by token."""
+    experience, output = batch()
+    first = dataclasses.replace(output, logprobs=experience.logprobs)
+    found = ours("ppo", (experience, first))
+    wanted = -np.asarray(found.targets.advantages) / sum(loops.LENGTHS)
+    np.testing.assert_allclose(found.gradient.logprobs, wanted, rtol=1e-5)
+    valid = np.asarray(found.targets.advantages)[np.asarray(experience.rollouts.mask)]
     assert valid.mean() == pytest.approx(0, abs=1e-6)
     assert valid.std() == pytest.approx(1, rel=1e-5)
 
 
-def test_first_gradient_is_the_plain_policy_gradient():
-    """At ratio 1 nothing is clipped: the gradient of the sum is −A, token by token."""
-    experience, output = batch()
-    algorithm = ppo()
-    targets, _ = algorithm.targets(experience, 2, ())
-
-    def total(logprobs):
-        moved = CompletionOutput(logprobs=logprobs, entropy=output.entropy, scores=output.scores)
-        return algorithm.loss(moved, experience, targets, 2)[0]["policy"].mean.total
-
-    gradient = jax.grad(total)(experience.logprobs)
-    np.testing.assert_allclose(gradient, -targets.advantages, rtol=1e-6)
+def test_equal_returns_without_a_critics_opinion_give_nothing():
+    """Values that say nothing and equal rewards at the end: whitened, exactly 0."""
+    experience, output = batch(outcome=-7.3, process=0.0)
+    blank = dataclasses.replace(experience, values=0.0 * experience.values)
+    found = ours("ppo", (blank, output), lam=1.0, kl_coef=0.0)
+    np.testing.assert_array_equal(found.targets.advantages, 0)
+    np.testing.assert_array_equal(found.gradient.logprobs, 0)
+    assert np.isfinite(found.gradient.scores["value"]).all()
 
 
 def test_needs_follow_the_configuration():
     assert ppo().needs.value and ppo().needs.reference
     assert not ppo(kl_coef=0.0).needs.reference
+    assert ppo(kl_place="loss").needs.reference
 
 
 def test_impossible_values_are_refused():
     with pytest.raises(ValueError, match="unknown KL estimator 'kl'; known: k1, k2, k3"):
         ppo(kl_estimator="kl")
-    with pytest.raises(ValueError, match=r"lam=1.5; wanted a number from 0 to 1"):
-        ppo(lam=1.5)
-    with pytest.raises(
-        ValueError, match=r"dual_clip=1.1; wanted more than 1 \+ the clip above = 1.2"
-    ):
+    for name in ("gamma", "lam", "value_lam"):
+        with pytest.raises(ValueError, match=rf"{name}=1.5; wanted a number from 0 to 1"):
+            ppo(**{name: 1.5})
+    with pytest.raises(ValueError, match=r"dual_clip=1.1; wanted .* 1 \+ the clip above = 1.2"):
         ppo(dual_clip=1.1)
+    with pytest.raises(ValueError, match=r"dual_clip=1.3; wanted .* 1 \+ the clip above = 1.4"):
+        ppo(dual_clip=1.3, clip_high=0.4)
+    with pytest.raises(ValueError, match=r"clip_low=1.2; wanted 0 to 1"):
+        ppo(clip=1.2)
+    with pytest.raises(ValueError, match=r"kl_coef=-0.02; wanted 0 or more"):
+        ppo(kl_coef=-0.02)
+    with pytest.raises(ValueError, match="unknown kl_place 'critic'; known: loss, reward"):
+        ppo(kl_place="critic")
     with pytest.raises(TypeError, match="klcoef"):
         ppo(klcoef=0.1)

@@ -52,6 +52,29 @@ def test_the_straight_through_estimator_has_the_gradient_of_k2():
     np.testing.assert_allclose(plain, [1 - math.exp(-0.5), 1 - math.exp(1.5)], rtol=1e-5)
 
 
+OLD, NOW, REF = (np.array(p) for p in ([0.6, 0.3, 0.1], [0.3, 0.3, 0.4], [0.2, 0.5, 0.3]))
+
+
+@pytest.mark.parametrize(
+    ("name", "unbiased"), [("k1", True), ("k3", True), ("k2", False), ("k3+", False)]
+)
+def test_weighted_by_the_ratio(name, unbiased):
+    """E_old[∇(ρ KL_t)], summed over three arms: ∇KL(π ‖ π_ref) itself for tokens of an old policy
+    with k1 and k3, whose weighted gradients are ρ (Δ + 1) ∇log π and ρ Δ ∇log π. k2 and k3+ have
+    the right gradient unweighted; weighted, they count it with ρ k2 or ρ k3 on top."""
+    ref = np.log(REF).astype(np.float32)
+
+    def expected(logits):
+        logprobs = jax.nn.log_softmax(logits)
+        ratio = jnp.exp(logprobs - np.log(OLD).astype(np.float32))
+        return jnp.sum(OLD.astype(np.float32) * ratio * kl_estimate(logprobs, ref, name))
+
+    found = jax.grad(expected)(jnp.log(jnp.asarray(NOW, jnp.float32)))
+    delta = np.log(NOW / REF)
+    true = NOW * (delta - NOW @ delta)
+    assert np.allclose(found, true, rtol=1e-4, atol=1e-6) is unbiased
+
+
 def test_k3_keeps_small_differences():
     small = jnp.array([1e-3])
     assert float(kl_estimate(small, jnp.zeros(1), "k3")[0]) == pytest.approx(5e-7, rel=1e-2)

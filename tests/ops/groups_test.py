@@ -123,3 +123,39 @@ def test_shuffling_groups_shuffles_statistics():
     rows = np.concatenate([np.arange(3) + 3 * g for g in order])
     for statistic in (groups.group_zscore, groups.leave_one_out, groups.best_of_group):
         np.testing.assert_array_equal(statistic(X[rows], 3), np.asarray(statistic(X, 3))[rows])
+
+
+def test_masked_statistics_against_python():
+    """Ragged groups, NaN outside, one group without an entry, one with a single entry."""
+    rng = np.random.default_rng(0)
+    mask = rng.random((8, 5)) < 0.5
+    mask[4:6], mask[6:] = False, False
+    mask[7, 2] = True
+    x = np.where(mask, rng.normal(size=mask.shape), np.nan).astype(np.float32)
+    mean, std = groups.masked_group_stats(x, mask, 2)
+    assert mean.shape == std.shape == x.shape
+    for first in range(0, 8, 2):
+        rows = slice(first, first + 2)
+        entries = [float(v) for v in x[rows][mask[rows]]]
+        wanted = (statistics.fmean(entries), statistics.pstdev(entries)) if entries else (0, 0)
+        for found, number in zip((mean, std), wanted, strict=True):
+            np.testing.assert_allclose(found[rows], number, rtol=1e-6, atol=1e-7)
+    with pytest.raises(ValueError, match="8 rows are not whole groups of 3"):
+        groups.masked_group_stats(x, mask, 3)
+
+
+def test_masked_statistics_of_full_rows_are_those_of_groups():
+    mean, std = groups.masked_group_stats(X[:, None], np.ones((6, 1), bool), 3)
+    np.testing.assert_allclose(mean[:, 0], groups.group_mean(X, 3), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(std[:, 0], groups.group_std(X, 3), rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -1234.567])
+def test_masked_statistics_of_equal_entries_are_exact(value):
+    mask = np.array([[1, 1, 0], [1, 0, 0], [1, 1, 1]], bool)
+    x = np.where(mask, value, np.nan).astype(np.float32)
+    mean, std = groups.masked_group_stats(x, mask, 3)
+    np.testing.assert_array_equal(mean, np.float32(value))
+    np.testing.assert_array_equal(std, 0)
+    gradient = jax.grad(lambda x: jnp.sum(groups.masked_group_stats(x, mask, 3)[1]))(jnp.asarray(x))
+    assert np.all(np.isfinite(gradient))

@@ -59,11 +59,14 @@ def test_whiten_by_hand_and_by_loop():
     np.testing.assert_array_equal(kept[~MASK], 0)
 
 
-@pytest.mark.parametrize("x", [[0.1, 0.1, 0.1], [7.0, NAN, NAN], [NAN, NAN, NAN]])
-def test_whiten_is_finite_without_spread(x):
+@pytest.mark.parametrize(
+    "x", [[0.1, 0.1, 0.1], [-7.3] * 7, [1234.567] * 30, [7.0, NAN, NAN], [NAN, NAN, NAN]]
+)
+def test_whitened_equal_numbers_are_exactly_zero(x):
     x = np.array(x, np.float32)
-    whitened = masking.whiten(x, ~np.isnan(x))
-    assert np.all(np.abs(whitened) < 1e-3)
+    np.testing.assert_array_equal(masking.whiten(x, ~np.isnan(x)), 0)
+    kept = np.asarray(masking.whiten(x, ~np.isnan(x), shift_mean=False))
+    np.testing.assert_array_equal(kept, np.where(np.isnan(x), 0, x))
 
 
 def test_gradients_ignore_padding():

@@ -1,6 +1,7 @@
 """The clipped objectives: literal corners, a loop, gradients where a clip acts."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -157,3 +158,81 @@ def test_wrong_choices_are_refused():
         surrogate.aggregate(X, mask, "sequence_mean_token_sum_norm")
     with pytest.raises(ValueError, match="uses no constant, got 3"):
         surrogate.aggregate(X, mask, "token_mean", constant=3.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"clip_low": 1.5}, "clip_low=1.5; wanted 0 to 1: a ratio is never below 0, so 1 already"),
+        ({"clip_low": -0.1}, "clip_low=-0.1; wanted 0 to 1"),
+        ({"clip_low": math.nan}, "clip_low=nan; wanted 0 to 1"),
+        ({"clip_high": -0.2}, "clip_high=-0.2; wanted 0 or more"),
+        ({"kl_coef": -0.05}, "kl_coef=-0.05; wanted 0 or more"),
+        ({"kl_coef": math.nan}, "kl_coef=nan; wanted 0 or more"),
+        ({"entropy_coef": -1}, "entropy_coef=-1; wanted 0 or more"),
+        ({"ratio": "turn"}, "unknown ratio 'turn'; known: token, sequence"),
+        ({"form": "ppo"}, "unknown form 'ppo'; known: clip, cispo, reinforce"),
+        ({"kl_place": "advantage"}, "unknown kl_place 'advantage'; known: loss, reward"),
+        ({"kl_estimator": "k4"}, "unknown KL estimator 'k4'; known: k1, k2, k3, k3+"),
+        ({"aggregate": "mean"}, "unknown aggregation 'mean'; known: token_mean"),
+        ({"constant": 3}, "aggregation 'token_mean' uses no constant, got 3"),
+        (
+            {"aggregate": "sequence_mean_token_sum_norm", "constant": -1},
+            "needs a constant above 0, got -1",
+        ),
+        ({"dual_clip": 1.2}, "dual_clip=1.2; wanted more than 1 + the clip above = 1.2"),
+        ({"dual_clip": 3, "clip_high": 5}, "dual_clip=3; wanted more than 1 + the clip above = 6"),
+        ({"dual_clip": math.nan}, "dual_clip=nan; wanted more than 1 + the clip above = 1.2"),
+        (
+            {"kl_place": "reward", "kl_weighted": True},
+            "kl_weighted=True, but rewards have no ratio; set kl_place='loss'",
+        ),
+        (
+            {"kl_estimator": "k3+", "kl_weighted": True},
+            "kl_weighted=True with kl_estimator='k3+': times the ratio only k1 and k3 have the",
+        ),
+        ({"kl_estimator": "k2", "kl_weighted": True}, "kl_weighted=True with kl_estimator='k2'"),
+    ],
+)
+def test_impossible_values_are_refused(values, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        surrogate.check_surrogate(surrogate.Surrogate(**values))
+
+
+def test_possible_values_are_taken():
+    edges = {"clip_low": 1, "clip_high": 0, "dual_clip": 1.01, "kl_coef": 0, "entropy_coef": 0}
+    for values in ({}, edges, {"kl_weighted": True, "kl_coef": 0.1}):
+        surrogate.check_surrogate(surrogate.Surrogate(**values))
+
+
+@pytest.mark.parametrize(("place", "in_reward", "in_loss"), [("reward", 0.3, 0), ("loss", 0, 0.3)])
+def test_the_kl_has_one_place(place, in_reward, in_loss):
+    values = surrogate.Surrogate(kl_coef=0.3, kl_place=place)
+    assert (values.reward_kl, values.loss_kl) == (in_reward, in_loss)
+
+
+def test_ratio_of_a_sequence_is_the_geometric_mean_of_its_tokens():
+    new = np.log(np.array([[1.0, 4.0, 16.0], [3.0, np.nan, np.nan], [np.nan] * 3], np.float32))
+    mask = ~np.isnan(new)
+    (filled,) = surrogate.filled(mask, new)
+    ratio = surrogate.policy_ratio(filled, jnp.zeros((3, 3)), mask, "sequence")
+    np.testing.assert_allclose(ratio[:, 0], [4.0, 3.0, 1.0], rtol=1e-6)
+    np.testing.assert_array_equal(ratio, np.broadcast_to(ratio[:, :1], ratio.shape))
+    by_token = surrogate.policy_ratio(filled, jnp.zeros((3, 3)), mask, "token")
+    np.testing.assert_allclose(by_token[0], [1.0, 4.0, 16.0], rtol=1e-6)
+
+
+def test_cispo_and_reinforce_by_hand():
+    """Ratio 9, log π = log 9: the weight is held at 1 + ε = 6 and has no gradient; REINFORCE has
+    none to hold."""
+    new, one = jnp.full((1, 1), math.log(9.0)), jnp.ones((1, 1))
+    for form, weight, acted in [("cispo", 6.0, True), ("reinforce", 1.0, False)]:
+
+        def loss(new, form=form):
+            found = policy_loss(new, 0 * one, 2 * one, form=form, clip_high=5)
+            return jnp.sum(found[0]), found[1]
+
+        (value, clipped), gradient = jax.value_and_grad(loss, has_aux=True)(new)
+        assert float(value) == pytest.approx(-weight * 2 * math.log(9.0), rel=1e-6)
+        assert float(gradient[0, 0]) == pytest.approx(-weight * 2, rel=1e-6)
+        assert bool(clipped[0, 0]) is acted

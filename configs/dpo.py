@@ -18,7 +18,7 @@ from configs.common import parse_arg
 
 def dpo(args: ConfigDict) -> dict:
     """The fine-tuned model on its own pairs, held to what it was."""
-    pairs = quickstart.labels(args, "pairs", "pairs.jsonl", 64)
+    pairs = quickstart.labels(args, "pairs", "pairs.jsonl", 32)
     held_out = quickstart.labels(args, "pairs", "held_out_pairs.jsonl", 64)
     return dict(
         **quickstart.run(args) | dict(log=dict(every=10, show=("pairs/accuracy",))),
@@ -42,7 +42,7 @@ def evaluation(args: ConfigDict) -> dict:
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    args = parse_arg(arg, seed=0, small=False, loss="sigmoid", beta=0.1, rate=1e-4, steps=300)
+    args = parse_arg(arg, seed=0, small=False, loss="sigmoid", beta=0.1, rate=2e-4, steps=200)
     stages = dict(
         sft=dict(program="train_sft", config=quickstart.sft(args)),
         labels=dict(program="label_samples", config=quickstart.label_samples(args)),

@@ -4,8 +4,8 @@
 
 The policy starts as the model of ``model.init_from`` and is held to it: that start, frozen, is the
 reference. With ``model.lora_rank`` adapters train and the base under them is the reference, so
-there is one copy of the model. ``dpo`` says which loss: `rlhf_jax.ops.direct_preference` has a table
-of them. Sources of kind "texts" may stand beside the pairs and train as in `train_sft`.
+there is one copy of the model. ``dpo`` says which loss: `rlhf_jax.ops.direct_preference` has a
+table. Sources of kind "texts" may stand beside the pairs and train as in `train_sft`.
 
 The run's folder holds a policy like any other: it is evaluated, sampled from, exported and trained
 further by the same programs.

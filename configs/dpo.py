@@ -25,7 +25,7 @@ def dpo(args: ConfigDict) -> dict:
         model=dict(init_from="{workdir}/sft"),
         data=dict(tokenizer="chars:" + quickstart.ALPHABET),
         sources=dict(pairs=pairs),
-        dpo=dict(loss=args.loss, beta=args.beta),
+        dpo=dict(loss=args.loss, beta=args.beta, nll_coef=args.nll),
         optimizer=dict(learning_rate=args.rate, schedule="cosine", warmup=10, eps=1e-5),
         updates=dict(microbatches=1),
         train=quickstart.steps(40 if args.small else args.steps),
@@ -42,7 +42,9 @@ def evaluation(args: ConfigDict) -> dict:
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    args = parse_arg(arg, seed=0, small=False, loss="sigmoid", beta=0.1, rate=2e-4, steps=200)
+    args = parse_arg(
+        arg, seed=0, small=False, loss="sigmoid", beta=1.0, nll=1.0, rate=2e-4, steps=120
+    )
     stages = dict(
         sft=dict(program="train_sft", config=quickstart.sft(args)),
         labels=dict(program="label_samples", config=quickstart.label_samples(args)),

@@ -141,6 +141,24 @@ class TrainReward(TrainSft):
     card: NotRequired[Card]  # whose absence `rlhf_jax.card` explains
 
 
+class DirectUpdates(TypedDict):
+    """The parts of a step on pairs that a policy learns from."""
+
+    microbatches: Count
+
+
+class TrainDpo(Training):
+    """`rlhf_jax.train_dpo`."""
+
+    data: Tokens
+    sources: dict[str, Mapping[str, Any]]
+    dpo: Mapping[str, Any]
+    optimizer: Mapping[str, Any]
+    updates: DirectUpdates
+    eval: HeldOut
+    log: Log
+
+
 class Wrappers(TypedDict):
     """The keys of a reward's section that do not go to its factory."""
 
@@ -322,6 +340,7 @@ class Pipeline(TypedDict):
 
 PROGRAMS: Mapping[str, type] = {
     "train_sft": TrainSft,
+    "train_dpo": TrainDpo,
     "train_reward": TrainReward,
     "train_policy": TrainPolicy,
     "label_samples": LabelSamples,

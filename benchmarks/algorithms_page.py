@@ -120,26 +120,16 @@ def settings_rows(workdir: pathlib.Path, seed: int, methods: Sequence[str]) -> l
     return rows
 
 
-def write(
-    page: pathlib.Path,
-    workdir: pathlib.Path,
-    seeds: Sequence[int],
-    methods: Sequence[str],
-    command: str,
-) -> None:
-    """Writes the page and, beside it, the figure."""
+def text(workdir: pathlib.Path, seeds: Sequence[int], methods: Sequence[str], command: str) -> str:
+    """The page."""
     evaluations = [read(workdir / f"evaluation_{seed}" / "summary.json") for seed in seeds]
     config = read(workdir / f"{methods[0]}_{seeds[0]}" / "config.json")
-    rollout, steps = config["rollout"], config["train"]["steps"]
-    samples = rollout["prompts"] * rollout["samples"]
-    courses = {
-        name: [read_lines(workdir / f"{name}_{seed}" / "metrics.jsonl") for seed in seeds]
-        for name in methods
-    }
-    draw(page.parent / FIGURE, courses, samples)
+    prompts, samples = config["rollout"]["prompts"], config["rollout"]["samples"]
+    steps = config["train"]["steps"]
+    settings = settings_rows(workdir, seeds[0], methods)
     head = ["method", *(f"seed {seed}" for seed in seeds), "mean"]
-    page.write_text(
-        f"""# Every algorithm with learned rewards, the same sample budget
+    ends = ["method", "KL", "learned reward", "length", "seconds", "GiB"]
+    return f"""# Every algorithm with learned rewards, the same sample budget
 
 {last_day(workdir.glob("*/summary.json"))}, {machine_and_versions(evaluations[0])}. Written by
 
@@ -147,14 +137,14 @@ def write(
 
 which runs what is not done yet; every number comes from a summary.json or a metrics.jsonl. For each
 seed all methods start from one fine-tuned model (the quickstart's) and are paid by its two learned
-rewards, outcome and process; {steps} iterations of {rollout["prompts"]} prompts x \
-{rollout["samples"]} samples, {steps * samples:,} completions in
-all. Exact answers, the gold, train nothing. Nothing was tuned per seed; how far a method goes in so
-few steps depends on its learning rate and its β, so this is not a ranking of papers.
+rewards, outcome and process: {steps} iterations of {prompts} prompts x {samples} samples,
+{steps * prompts * samples:,} completions in all. Exact answers, the gold, train nothing. Nothing was
+tuned per seed; how far a method goes in so few steps depends on its learning rate and its β, so
+this ranks no papers. DAPO draws no group again here: that would be more samples.
 
 ## Settings
 
-{table(["method", "settings", "learning rate"], settings_rows(workdir, seeds[0], methods))}
+{table(["method", "settings", "learning rate"], settings)}
 
 ## Exact answers on problems of the test split
 
@@ -176,12 +166,22 @@ Greedy:
 Means over seeds: KL of samples on test problems (nats per completion); learned reward and length in
 the last iteration; the slowest run's seconds and the largest run's memory.
 
-{
-            table(
-                ["method", "KL", "learned reward", "length", "seconds", "GiB"],
-                course_rows(workdir, seeds, evaluations, methods),
-            )
-        }
-""",
-        encoding="utf-8",
-    )
+{table(ends, course_rows(workdir, seeds, evaluations, methods))}
+"""
+
+
+def write(
+    page: pathlib.Path,
+    workdir: pathlib.Path,
+    seeds: Sequence[int],
+    methods: Sequence[str],
+    command: str,
+) -> None:
+    """Writes the page and, beside it, the figure."""
+    courses = {
+        name: [read_lines(workdir / f"{name}_{seed}" / "metrics.jsonl") for seed in seeds]
+        for name in methods
+    }
+    rollout = read(workdir / f"{methods[0]}_{seeds[0]}" / "config.json")["rollout"]
+    draw(page.parent / FIGURE, courses, rollout["prompts"] * rollout["samples"])
+    page.write_text(text(workdir, seeds, methods, command), encoding="utf-8")

@@ -78,8 +78,7 @@ def has_signal(scores: Scores, group_size: int) -> Bool[Array, " N"]:
     Yu et al. 2025, https://arxiv.org/abs/2503.14476, equation 11, for any reward.
     """
     rewards = scores.outcome.astype(jnp.float32) + jnp.sum(scores.process, axis=-1)
-    grouped = jnp.reshape(rewards, (-1, group_size))
-    return jnp.max(grouped, axis=1) > jnp.min(grouped, axis=1)
+    return groups.group_varies(rewards, group_size)
 
 
 def spread(x: Float[Array, " B"], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:

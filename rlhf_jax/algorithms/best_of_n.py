@@ -42,4 +42,5 @@ def best_of_n(*, aggregate: str = "token_mean", constant: float | int | None = N
         del group_size
         return policy_terms(output, experience, targets, surrogate)
 
-    return Algorithm(init=lambda: (), targets=targets, loss=loss, needs=Needs(min_group=2))
+    needs, wraps = Needs(min_group=2), ("omit_truncated", "select")
+    return Algorithm(init=lambda: (), targets=targets, loss=loss, needs=needs, wraps=wraps)

@@ -70,4 +70,5 @@ def online_dpo(*, beta: float | int = 0.1) -> Algorithm:
         return {"dpo": Term(weight=1.0, mean=mean(-jax.nn.log_sigmoid(margin)))}, metrics
 
     needs = Needs(reference=True, min_group=2)
-    return Algorithm(init=lambda: (), targets=targets, loss=loss, needs=needs)
+    wraps = ("select",)
+    return Algorithm(init=lambda: (), targets=targets, loss=loss, needs=needs, wraps=wraps)

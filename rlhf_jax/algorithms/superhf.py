@@ -66,4 +66,5 @@ def superhf(
         return policy_terms(output, experience, targets, surrogate)
 
     needs = Needs(reference=kl_coef != 0, min_group=2)
-    return Algorithm(init=lambda: (), targets=targets, loss=loss, needs=needs)
+    wraps = ("omit_truncated", "select")
+    return Algorithm(init=lambda: (), targets=targets, loss=loss, needs=needs, wraps=wraps)

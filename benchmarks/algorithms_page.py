@@ -138,8 +138,8 @@ def text(workdir: pathlib.Path, seeds: Sequence[int], methods: Sequence[str], co
 which runs what is not done yet; every number comes from a summary.json or a metrics.jsonl. For each
 seed all methods start from one fine-tuned model (the quickstart's) and are paid by its two learned
 rewards, outcome and process: {steps} iterations of {prompts} prompts x {samples} samples,
-{steps * prompts * samples:,} completions in all. Exact answers, the gold, train nothing. Nothing was
-tuned per seed; how far a method goes in so few steps depends on its learning rate and its β, so
+{steps * prompts * samples:,} completions in all. Exact answers, the gold, train nothing. Nothing
+was tuned per seed; how far a method goes in so few steps depends on its learning rate and its β, so
 this ranks no papers. DAPO draws no group again here: that would be more samples.
 
 ## Settings

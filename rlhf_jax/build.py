@@ -20,8 +20,10 @@ from rlhf_jax.data.prompts import PromptSource
 from rlhf_jax.data.sources import RecordSource, open_source
 from rlhf_jax.data.steps import step_labels
 from rlhf_jax.data.texts import texts
+from rlhf_jax.k_axis import hold
 from rlhf_jax.mesh import ShardingRules, batch_shards, make_mesh, shard_rows
 from rlhf_jax.ops.step_labels import check_how
+from rlhf_jax.policy_sections import AlgorithmWrappers
 from rlhf_jax.rewards.base import (
     aggregate_steps,
     clip,
@@ -36,6 +38,7 @@ from rlhf_jax.sections import Wrappers
 from rlhf_jax.text.tokenizer import Tokenizer, load_tokenizer
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.types import Algorithm, Needs, Reward, Sampling
+from rlhf_jax.wrapping import wrap_algorithm
 
 KINDS = {"texts": texts, "pairs": pairs, "correctness": correctness, "steps": step_labels}
 # Keys of a source's section: where its records come from, and what the run does with them.
@@ -45,6 +48,8 @@ _RUN = ("kind", "weight", "rows", "head", "max_prompt", "tokenizer", "chat_templ
 RESOURCES = ("model", "params", "mesh", "decode", "records", "rows")
 # Keys of a reward's section that wrap the reward; all others go to its factory.
 _WRAPPERS = tuple(Wrappers.__annotations__)
+# Keys of the algorithm's section that wrap the algorithm; all others go to its function.
+_AROUND = tuple(AlgorithmWrappers.__annotations__)
 
 
 class Rollout(NamedTuple):
@@ -55,6 +60,7 @@ class Rollout(NamedTuple):
     max_tokens: int
     rows: int
     max_draws: int
+    lr_factor: float = 1.0  # of the K axis
 
 
 def call(path: str, factory: Callable, values: Mapping[str, Any], **ours: Any) -> Any:
@@ -157,11 +163,15 @@ def mesh(config: ConfigDict) -> tuple[Mesh, ShardingRules]:
 
 
 def algorithm(config: ConfigDict) -> Algorithm:
-    """The algorithm that ``config.algorithm.name`` names, made with the section's other keys."""
+    """The algorithm that ``config.algorithm.name`` names with its wrappers, in the order
+    correction, omit_truncated, select; the section's other keys go to its function."""
     factory = member("algorithm", "algorithms", config.algorithm)
-    values = {k: v for k, v in config.algorithm.to_dict().items() if k != "name"}
-    check_call("algorithm", factory, values, also=("name",))
-    return call("algorithm", factory, values)
+    section = config.algorithm.to_dict()
+    values = {k: v for k, v in section.items() if k not in _AROUND}
+    check_call("algorithm", factory, values, also=_AROUND)
+    around = {k: v for k, v in section.items() if k in _AROUND}
+    check_section("algorithm", around, AlgorithmWrappers)
+    return wrap_algorithm(config, call("algorithm", factory, values), around)
 
 
 def check_sampling(section: ConfigDict) -> None:
@@ -174,9 +184,12 @@ def sampling(section: ConfigDict) -> Sampling:
     return call("rollout.sampling", make_sampling, section.to_dict())
 
 
-def optimizer(path: str, section: ConfigDict, steps: int):
-    """An optimizer for ``steps`` optimizer steps."""
-    return call(path, make_optimizer, section.to_dict(), steps=steps)
+def optimizer(path: str, section: ConfigDict, steps: int, *, lr_factor: float = 1.0):
+    """An optimizer for ``steps`` optimizer steps; its learning rate is multiplied by a factor."""
+    values = section.to_dict()
+    check_call(path, make_optimizer, values, given=("steps",))
+    values["learning_rate"] *= lr_factor
+    return call(path, make_optimizer, values, steps=steps)
 
 
 def rollout(config: ConfigDict, needs: Needs, axes: Mesh, rules: ShardingRules) -> Rollout:
@@ -192,13 +205,14 @@ def rollout(config: ConfigDict, needs: Needs, axes: Mesh, rules: ShardingRules) 
             f"{needs.min_group} or more; set rollout.samples"
         )
     parts = updates.minibatches * updates.microbatches
-    if sizes.prompts % parts:
+    shards = batch_shards(axes, rules)
+    held = hold(sizes, multiple=parts * shards)
+    if held.prompts % parts:
         raise ValueError(
             f"rollout.prompts={sizes.prompts} does not divide into updates.minibatches="
             f"{updates.minibatches} x updates.microbatches={updates.microbatches} whole groups"
         )
-    shards = batch_shards(axes, rules)
-    if (sizes.prompts // parts) % shards:
+    if (held.prompts // parts) % shards:
         raise ValueError(
             f"a microbatch holds {sizes.prompts // parts} prompts (rollout.prompts="
             f"{sizes.prompts} / {parts}), which the mesh's {shards} batch shards do not divide; "
@@ -211,11 +225,12 @@ def rollout(config: ConfigDict, needs: Needs, axes: Mesh, rules: ShardingRules) 
             f"add extra.{missing[0]} to the config"
         )
     return Rollout(
-        prompts=sizes.prompts,
+        prompts=held.prompts,
         samples=sizes.samples,
         max_tokens=sizes.max_tokens,
-        rows=sizes.prompts * sizes.samples // parts,
+        rows=held.prompts * sizes.samples // parts,
         max_draws=sizes.max_draws,
+        lr_factor=held.lr_factor,
     )
 
 

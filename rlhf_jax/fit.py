@@ -1,7 +1,8 @@
-"""Supervised training of one model on a weighted mixture of sources: the loop of two programs.
+"""Supervised training of one model on a weighted mixture of sources: the loop of three programs.
 
-`train_sft` gives it texts and keeps the LM head; `train_reward` gives it pairs, correctness and
-step labels and scalar heads instead. Checkpoints, resume and logs are those of a policy run.
+`train_sft` gives it texts and keeps the LM head; `train_dpo` gives it pairs beside; `train_reward`
+gives it pairs, correctness and step labels and scalar heads instead. Checkpoints, resume and logs
+are those of a policy run.
 """
 
 import dataclasses
@@ -24,9 +25,11 @@ from rlhf_jax.models.lora import partition
 from rlhf_jax.models.members import repeated
 from rlhf_jax.models.passes import check_positions
 from rlhf_jax.models.transformer import Model, decoder
+from rlhf_jax.ops.direct_preference import DirectPreference
 from rlhf_jax.ops.metrics import add
 from rlhf_jax.run_log import RunLog
 from rlhf_jax.schema import within
+from rlhf_jax.training.direct import REFERENCE
 from rlhf_jax.training.experience import COMPILER_OPTIONS
 from rlhf_jax.training.keys import Purpose, step_key
 from rlhf_jax.training.objective import first_rows
@@ -45,7 +48,7 @@ Conclude = Callable[[pathlib.Path, RunState, Mapping[str, float | None]], None]
 
 
 class Fit(NamedTuple):
-    """The static side of a supervised run."""
+    """The static side of a supervised run. ``direct``: pairs train a policy beside its start."""
 
     config: ConfigDict
     role: str
@@ -56,6 +59,7 @@ class Fit(NamedTuple):
     sources: Mapping[str, ExampleSource | MemberSource]
     held_out: Mapping[str, ExampleSource]
     optimizer: Any
+    direct: DirectPreference | None = None
 
 
 def check(config: ConfigDict, role: str, kinds: tuple[str, ...], **changes: Any) -> Fit:
@@ -169,6 +173,8 @@ def create(fit: Fit) -> RunState:
     totals = {label: fit.sources[label].total for label in _smoothed(config)}
     params = roles.fill(fit.model, loaded, key, fit.mesh, fit.rules)
     trained, base = partition(params, fit.described)
+    # With its adapters off a policy is what it started as; the state below has copies.
+    reference = params if fit.direct and not base else base
     return RunState(
         train=create_supervised_state(
             trained,
@@ -177,12 +183,18 @@ def create(fit: Fit) -> RunState:
             role=fit.role,
             init=lambda: label_tables(totals) if totals else (),
         ),
-        reference=base,
+        reference=reference,
         rewards={},
         controllers={},
         carry={},
         data_position={name: np.asarray(0, np.int32) for name in fit.sources},
     )
+
+
+def frozen(fit: Fit, state: RunState) -> dict[str, Params]:
+    """The trees that no step donates, by role: adapters' base, and the reference of pairs."""
+    base = {fit.role: state.reference if fit.described.lora_rank else {}}
+    return base | ({REFERENCE: state.reference} if fit.direct else {})
 
 
 def fetch(fit: Fit, sources: Mapping[str, Any], sections, positions) -> Mixture:
@@ -204,7 +216,7 @@ def evaluator(fit: Fit):
     if not fit.held_out:
         return lambda params, frozen: {}
     sections = fit.config.eval.sources
-    heads = head_names(fit.described) | dict(heads=own_heads(sections))
+    heads = head_names(fit.described) | dict(heads=own_heads(sections), direct=fit.direct)
 
     def step(name):
         judge = make_supervised_evaluate(fit.model, {name: 1.0}, role=fit.role, **heads)
@@ -266,15 +278,16 @@ def run(fit: Fit, workdir: str, conclude: Conclude | None = None) -> RunState:
             centre_coef=config.updates.get("centre_coef", 0.0),
             smoothing=config.updates.get("smoothing", 0.0),
             heads=own_heads(config.sources),
+            direct=fit.direct,
             **head_names(fit.described),
         )
         update = compile_update(step_fn, state.train, fit.mesh)
         evaluate = evaluator(fit)
-        frozen = {fit.role: state.reference}
+        still = frozen(fit, state)
         for step in log.steps(first):
             mixture = fetch(fit, fit.sources, config.sources, state.data_position)
             key = step_key(config.seed, Purpose.UPDATE, step)
-            train, metrics = update(state.train, frozen, mixture, key)
+            train, metrics = update(state.train, still, mixture, key)
             moved = {
                 name: np.asarray(int(position) + config.sources[name].rows, np.int32)
                 for name, position in state.data_position.items()
@@ -282,7 +295,7 @@ def run(fit: Fit, workdir: str, conclude: Conclude | None = None) -> RunState:
             state = dataclasses.replace(state, train=train, data_position=moved)
             last = step + 1 == config.train.steps
             if last or (step + 1) % config.eval.every == 0:
-                metrics = add(metrics, evaluate(train.params, frozen))
+                metrics = add(metrics, evaluate(train.params, still))
             log.metrics(step, metrics)
             log.checkpoint(step + 1, state)
         if conclude is not None:

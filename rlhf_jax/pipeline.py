@@ -24,6 +24,7 @@ from rlhf_jax.label_samples import label_samples
 from rlhf_jax.label_steps import label_steps
 from rlhf_jax.rehearse import place, rehearse
 from rlhf_jax.report import report
+from rlhf_jax.train_dpo import train_dpo
 from rlhf_jax.train_policy import train_policy
 from rlhf_jax.train_reward import train_reward
 from rlhf_jax.train_sft import train_sft
@@ -32,6 +33,7 @@ from rlhf_jax.training.writer import write_json
 _log = logging.getLogger("rlhf_jax.pipeline")  # __name__ is "__main__" when it is run
 PROGRAMS: Mapping[str, Callable[[ConfigDict, str], Any]] = {
     "train_sft": train_sft,
+    "train_dpo": train_dpo,
     "label_samples": label_samples,
     "label_steps": label_steps,
     "train_reward": train_reward,

@@ -74,7 +74,8 @@ def make_plan(
     made = {role: decoder(model, rules) for role, model in described.items()}
     if starts:
         check_starts(config, described)
-    made_optimizers = optimizers(config, [role for role in ("policy", "value") if role in made])
+    trained = [role for role in ("policy", "value") if role in made]
+    made_optimizers = optimizers(config, trained, lr_factor=sizes.lr_factor)
     # Reads every record, so after what is quick to see.
     prompts = None if later(config.data) else build.prompts(config, text)
     reference = dataclasses.replace(described["policy"], lora_rank=0, score_heads=())
@@ -108,12 +109,16 @@ def make_plan(
     )
 
 
-def optimizers(config: ConfigDict, trained: Sequence[str]) -> dict[str, Any]:
-    """An optimizer for each role that trains."""
+def optimizers(
+    config: ConfigDict, trained: Sequence[str], *, lr_factor: float = 1.0
+) -> dict[str, Any]:
+    """An optimizer for each role that trains; learning rates are multiplied by ``lr_factor``."""
     updates = config.train.steps * config.updates.epochs * config.updates.minibatches
     check_keys("optimizer", config.optimizer, config.optimizer, trained)
     return {
-        role: build.optimizer(f"optimizer.{role}", config.optimizer[role], updates)
+        role: build.optimizer(
+            f"optimizer.{role}", config.optimizer[role], updates, lr_factor=lr_factor
+        )
         for role in trained
     }
 

@@ -23,7 +23,7 @@ from rlhf_jax.training.experience import (
     make_evaluate_step,
 )
 from rlhf_jax.training.keys import Purpose, step_key
-from rlhf_jax.training.monitor import batch_metrics
+from rlhf_jax.training.monitor import batch_metrics, signal_metrics
 from rlhf_jax.training.selection import refill
 from rlhf_jax.training.state import create_state
 from rlhf_jax.training.update import compile_update, make_update_step
@@ -210,8 +210,14 @@ def _compile(plan: PolicyPlan, rewards: Mapping[str, Reward], train: TrainState)
             mesh=plan.mesh,
         )  # fmt: skip
 
-    def monitor(experience, policy_out):
-        return batch_metrics(experience, policy_out.entropy, reference=needs.reference)
+    def monitor(experience, policy_out, step):
+        metrics = batch_metrics(experience, policy_out.entropy, step, reference=needs.reference)
+        drawn = {} if select else signal_metrics(experience.scores, sizes.samples)
+        return metrics | drawn
+
+    # Groups without signal are counted as they are drawn: hardly any of them is left later.
+    def select_groups(scores):
+        return select(scores, sizes.samples), signal_metrics(scores, sizes.samples)
 
     # Scores and refilled batches lie like rollouts do, wherever they come from: else a batch
     # that was drawn once and one that was refilled would each compile the steps after them.
@@ -242,7 +248,7 @@ def _compile(plan: PolicyPlan, rewards: Mapping[str, Reward], train: TrainState)
         evaluate=compile_evaluate(evaluate, plan.mesh),
         monitor=jax.jit(monitor),
         update=compile_update(update, train, plan.mesh),
-        select=select and jax.jit(lambda scores: select(scores, sizes.samples)),
+        select=jax.jit(select_groups) if select else None,
         refill=jax.jit(refill_groups) if select else None,
         update_rewards=jax.jit(device.update, donate_argnums=0) if online else None,
     )

@@ -26,6 +26,7 @@ from rlhf_jax import (
     roles,
     run_folder,
     sections,
+    train_dpo,
     train_reward,
     train_sft,
 )
@@ -122,6 +123,11 @@ def _sft(config: ConfigDict, later: Later) -> Mapping[str, ModelConfig]:
     return {planned.role: planned.described}
 
 
+def _dpo(config: ConfigDict, later: Later) -> Mapping[str, ModelConfig]:
+    planned = fit.open_sources(train_dpo.check(config), later)
+    return {planned.role: planned.described}
+
+
 def _reward(config: ConfigDict, later: Later) -> Mapping[str, ModelConfig]:
     planned = fit.open_sources(train_reward.check(config), later)
     train_reward.open_probes(config, later)
@@ -187,6 +193,7 @@ def _policies(config: ConfigDict, later: Later) -> None:
 
 _PLANS: Mapping[str, Callable[[ConfigDict, Later], Mapping[str, ModelConfig]]] = {
     "train_sft": _sft,
+    "train_dpo": _dpo,
     "train_reward": _reward,
     "train_policy": _policy,
     "label_samples": _labels,

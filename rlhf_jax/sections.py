@@ -11,6 +11,7 @@ from typing import Any, NotRequired, TypedDict, get_type_hints
 from ml_collections import ConfigDict
 
 from rlhf_jax.data.forms import check_form
+from rlhf_jax.policy_sections import Axis
 from rlhf_jax.reward_sections import Card, EvaluateReward, Heads, RewardReport
 from rlhf_jax.schema import Count, Index, check_section, within
 
@@ -48,6 +49,12 @@ class Rollout(TypedDict):
     max_tokens: Count
     max_draws: Count
     sampling: Mapping[str, Any]
+
+
+class PolicyRollout(Rollout):
+    """A policy run may hold something else than prompts when samples change."""
+
+    axis: NotRequired[Axis]
 
 
 class Train(TypedDict):
@@ -134,6 +141,24 @@ class TrainReward(TrainSft):
     card: NotRequired[Card]  # whose absence `rlhf_jax.card` explains
 
 
+class DirectUpdates(TypedDict):
+    """The parts of a step on pairs that a policy learns from."""
+
+    microbatches: Count
+
+
+class TrainDpo(Training):
+    """`rlhf_jax.train_dpo`."""
+
+    data: Tokens
+    sources: dict[str, Mapping[str, Any]]
+    dpo: Mapping[str, Any]
+    optimizer: Mapping[str, Any]
+    updates: DirectUpdates
+    eval: HeldOut
+    log: Log
+
+
 class Wrappers(TypedDict):
     """The keys of a reward's section that do not go to its factory."""
 
@@ -173,7 +198,7 @@ class TrainPolicy(Training):
     data: Prompts
     value: NotRequired[Start]
     extra: dict[str, Mapping[str, Any]]
-    rollout: Rollout
+    rollout: PolicyRollout
     rewards: dict[str, Mapping[str, Any]]
     algorithm: Mapping[str, Any]
     optimizer: Optimizers
@@ -315,6 +340,7 @@ class Pipeline(TypedDict):
 
 PROGRAMS: Mapping[str, type] = {
     "train_sft": TrainSft,
+    "train_dpo": TrainDpo,
     "train_reward": TrainReward,
     "train_policy": TrainPolicy,
     "label_samples": LabelSamples,

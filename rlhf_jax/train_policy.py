@@ -14,6 +14,7 @@ import jax
 from ml_collections import ConfigDict
 
 from rlhf_jax import base_files, policy_run, program, run_folder
+from rlhf_jax.k_axis import axis_metrics
 from rlhf_jax.ops.metrics import add
 from rlhf_jax.policy_plan import make_plan
 from rlhf_jax.policy_run import PolicyRun
@@ -21,6 +22,7 @@ from rlhf_jax.rewards.base import add_scores, lend_base
 from rlhf_jax.run_log import RunLog, policy_samples
 from rlhf_jax.training.experience import make_experience
 from rlhf_jax.training.keys import Purpose, step_key
+from rlhf_jax.training.selection import draw_metrics
 from rlhf_jax.types import Metrics, Params, Rollouts, RunState, Scores
 
 
@@ -65,10 +67,13 @@ def join_scores(device: Scores | None, host: Scores | None) -> Scores:
     return add_scores(device, host)
 
 
-def collect(run: PolicyRun, state: RunState, step: int) -> tuple[Rollouts, Scores, RunState]:
+def collect(
+    run: PolicyRun, state: RunState, step: int
+) -> tuple[Rollouts, Scores, RunState, Metrics]:
     """Draws until every group carries signal, at most ``max_draws`` times (dynamic sampling)."""
     sizes, seed = run.plan.sizes, run.plan.config.seed
     position, rewards = int(state.data_position["prompts"]), state.rewards
+    metrics: Metrics = {}
     kept = signal = None
     for attempt in range(sizes.max_draws):
         key = step_key(seed, Purpose.SAMPLE, step * sizes.max_draws + attempt)
@@ -77,19 +82,22 @@ def collect(run: PolicyRun, state: RunState, step: int) -> tuple[Rollouts, Score
         host, rewards = score_host(run, rewards, state.reference, rollouts)
         batch = (rollouts, join_scores(device, host))
         position += sizes.prompts
-        fresh = run.steps.select(batch[1])
+        fresh, found = run.steps.select(batch[1])
+        metrics = add(metrics, found)
         if kept is None:
             kept, signal = batch, fresh
         else:
             kept, signal = run.steps.refill(kept, signal, batch, fresh)
         if bool(signal.all()):
             break
-    return *kept, run.advance(state, rewards=rewards, position=position)
+    metrics = metrics | draw_metrics(signal, attempt + 1)
+    return *kept, run.advance(state, rewards=rewards, position=position), metrics
 
 
 def iterate(run: PolicyRun, state: RunState, step: int) -> tuple[RunState, Iteration]:
     """One iteration of the data's way: prompts, rollouts, scores, experience, update."""
     sizes, seed, frozen = run.plan.sizes, run.plan.config.seed, run.frozen(state)
+    drawn: Metrics = {}
     if run.steps.select is None:
         position = int(state.data_position["prompts"])
         key = step_key(seed, Purpose.SAMPLE, step * sizes.max_draws)
@@ -102,11 +110,11 @@ def iterate(run: PolicyRun, state: RunState, step: int) -> tuple[RunState, Itera
         scores = join_scores(device, host)
         state = run.advance(state, rewards=rewards, position=position + sizes.prompts)
     else:
-        rollouts, scores, state = collect(run, state, step)
+        rollouts, scores, state, drawn = collect(run, state, step)
         outputs = run.steps.evaluate(state.train.params, frozen, rollouts)
     extra = run.fetch_extra(state)
     experience = make_experience(rollouts, scores, *outputs, extra)
-    metrics = run.steps.monitor(experience, outputs[0])
+    metrics = add(drawn, run.steps.monitor(experience, outputs[0], state.train.step))
     key = step_key(seed, Purpose.UPDATE, step)
     train, update_metrics = run.steps.update(state.train, frozen, experience, key)
     state = run.advance(state, train=train, extra=True)
@@ -117,6 +125,7 @@ def iterate(run: PolicyRun, state: RunState, step: int) -> tuple[RunState, Itera
         )
         state = run.advance(state, rewards={**state.rewards, "device": device})
         metrics = add(metrics, reward_metrics)
+    metrics = add(metrics, axis_metrics(run.plan.config.rollout, sizes.prompts, sizes.lr_factor))
     return state, Iteration(rollouts, scores, add(metrics, update_metrics))
 
 

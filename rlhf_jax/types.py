@@ -259,6 +259,9 @@ class Algorithm(NamedTuple):
     targets(experience, group_size, state) -> (Targets, state)
     loss(output, experience, targets, group_size) -> (dict[str, Term], dict[str, Mean])
     select(scores, group_size) -> Bool[N], or None: which groups carry signal
+    wraps: which of `algorithms.wrappers` may be put around it. "correction" wants a policy term
+        that is proportional to the advantage of every token, "omit_truncated" rows whose parts in
+        the loss do not depend on other rows' masks.
     """
 
     init: Callable[[], Any]
@@ -266,6 +269,7 @@ class Algorithm(NamedTuple):
     loss: Callable[..., tuple[dict[str, Term], dict[str, Mean]]]
     needs: Needs
     select: Callable[[Scores, int], Array] | None = None
+    wraps: tuple[str, ...] = ("correction", "omit_truncated", "select")
 
 
 class Reward(NamedTuple):

@@ -45,10 +45,20 @@ def trained_run(tmp_path_factory):
     return folder
 
 
+def few_problems(tree: ConfigDict) -> ConfigDict:
+    """The same with few generated problems: encoding them takes most of a check's time."""
+    for key, value in tree.items():
+        if key == "options" and "train" in value:
+            value.update(train=1_100, test=300)
+        elif isinstance(value, ConfigDict):
+            few_problems(value)
+    return tree
+
+
 def config_of(name: str, trained: pathlib.Path) -> ConfigDict:
     """A config of a program that can start: small, from `trained` where it starts from a run."""
     if name == "pipeline":
-        return quickstart.get_config("small")
+        return few_problems(quickstart.get_config("small"))
     if name == "train_policy":
         return ppo_tiny.get_config()
     config = quickstart.get_config("small").stages[STAGES[name]].config
@@ -169,6 +179,26 @@ CASES = [
     ("train_policy", {"mesh.data": 3}, "mesh .* does not fit 4 devices"),
     ("train_sft", {"sources.demonstrations.rows": 6}, "demonstrations.rows=6 does not divide"),
     ("label_samples", {"rollout.prompts": 6}, "prompts=6 does not divide over the mesh's 4"),
+    # around an algorithm, and the K axis
+    (
+        "train_policy",
+        {"algorithm": dict(name="grpo", correction=dict(how="token_mask", low=3.0))},
+        "algorithm.correction: low=3.0 and high=2.0; wanted 0 <= low <= 1 <= high",
+    ),
+    (
+        "train_policy",
+        {
+            "algorithm": dict(name="grpo", select=dict(how="signal", reward="exat")),
+            "rollout.max_draws": 2,
+        },
+        r"algorithm.select.reward='exat' is none of rewards; did you mean 'exact'",
+    ),
+    ("train_policy", {"rollout.axis": dict(samples=0)}, "axis.samples=0; wanted 1 or more"),
+    (
+        "train_policy",
+        {"rollout.axis": dict(samples=3, hold="samples")},
+        "makes 6 prompts .* wanted a multiple of 8 .* Samples that work: 1, 3; or make",
+    ),
     # prompts over the limit, no data
     ("train_policy", {"data.max_prompt": 7}, r"data: .* but max_prompt=7; \d+ of 512 record"),
     ("train_policy", {"data.overlong": "cut"}, "overlong='cut' is not one of error, skip, trunc"),
@@ -212,12 +242,12 @@ CASES = [
     (
         "pipeline",
         {"stages.labels.config.label.problems": 10**6},
-        r"stages.labels.config: label.problems=1000000 but data has 4000",
+        r"stages.labels.config: label.problems=1000000 but data has 1100",
     ),
     (
         "pipeline",
         {"stages.evaluation.config.problems": 10**6},
-        r"stages.evaluation.config: problems=1000000 but data has 500",
+        r"stages.evaluation.config: problems=1000000 but data has 300",
     ),
     ("pipeline", {"stages.evaluation.config.modes": ("smaple",)}, "evaluation.config: modes names"),
     ("pipeline", {"stages.evaluation.config.reference": "sfft"}, "config: reference='sfft'"),

@@ -88,11 +88,22 @@ def test_an_algorithm_is_one_file(algorithm, tmp_path, monkeypatch):
 
 
 def test_dynamic_sampling_refills_groups(tmp_path, monkeypatch):
-    config = toy_config(dict(name="dapo"))
+    wrappers = dict(correction=dict(how="tis"), select=dict(how="signal", reward="likes"))
+    config = toy_config(dict(name="dapo") | wrappers)
     config.rollout.max_draws = 3
+    config.rollout.axis = dict(samples=2, hold="samples", lr_scale="linear")
+    config.rollout.prompts = 16  # of 2 samples, which are 8 of 4
     rows, state = run(config, tmp_path, monkeypatch)
     assert_learnt(rows)
-    assert state.data_position["prompts"] > STEPS * config.rollout.prompts  # drew more than once
+    draws = [row["rollout/draws"] for row in rows]
+    assert state.data_position["prompts"] == 8 * sum(draws) > 8 * STEPS  # drew more than once
+    for row in rows:
+        # Whole batches of groups with signal, or as many as were missing when the draws ended.
+        assert row["rollout/shortfall"] == 0 or row["rollout/draws"] == 3
+        assert (row["rollout/groups_without_signal"] > 0) == (row["rollout/draws"] > 1)
+        assert row["rollout/prompts"] == 8 and row["rollout/lr_factor"] == 1.0
+        assert row["rollout/staleness"] == row["policy/corrected"] == 0.0
+        assert row["policy/max_log_weight"] < 1e-4
 
 
 def test_an_online_reward_learns_beside_the_policy(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int, Shaped
 
 from rlhf_jax.mesh import ShardingRules, constrain
@@ -25,6 +26,11 @@ from rlhf_jax.types import Array
 KeysValues = tuple[Float[Array, "B G C Dh"], Float[Array, "B G C Dh"]]
 PrefixKeysValues = tuple[Float[Array, "N G P Dh"], Float[Array, "N G P Dh"]]
 Length = Int[Array, ""] | Int[Array, " B"]
+
+# The name of what a backward pass keeps of a layer without remat: results of projections and of
+# attention. All else is cheaper to compute again than to write, keep and read; scores and their
+# softmax grow with the square of the length.
+KEPT = "kept"
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -76,7 +82,8 @@ class Norm(nn.Module):
         if layer:
             x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        x = jnp.einsum("...d,d->...d", x, 1.0 + scale if plus_one else scale)
+        # Not an einsum: its gradient by the scale is a product for each of D, slow on CPUs.
+        x = x * jnp.broadcast_to(1.0 + scale if plus_one else scale, x.shape)
         if layer:
             bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), dtype)
             x = x + jnp.broadcast_to(bias.astype(jnp.float32), x.shape)
@@ -134,7 +141,7 @@ class Projection(nn.Module):
         # transposes a copy of dy first and multiplies at half the speed.
         rows = x.reshape(-1, *x.shape[x.ndim - axes :]).astype(compute)
         y = jnp.tensordot(rows, weight.astype(compute), axes, preferred_element_type=self.dtype)
-        return y.reshape(*x.shape[: x.ndim - axes], *shape[axes:])
+        return checkpoint_name(y, KEPT).reshape(*x.shape[: x.ndim - axes], *shape[axes:])
 
 
 class Attention(nn.Module):
@@ -227,17 +234,28 @@ def attention(
     A row that may attend to nothing (a padded query) gets the plain mean of the values: its
     result is finite and nobody reads it.
     """
-    scores = jnp.einsum("bsgrd,bgcd->bgrsc", query, keys, preferred_element_type=jnp.float32)
+    scores = _scores(query, keys)
     if prefix is not None:
         scores = jnp.concatenate([_prefix_scores(query, prefix[0]), scores], axis=-1)
     scores = capped(scores * (scale or query.shape[-1] ** -0.5), softcap)
     scores = jnp.where(attend[:, None, None], scores, -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     if prefix is None:
-        return jnp.einsum("bgrsc,bgcd->bsgrd", weights, values)
+        return checkpoint_name(jnp.einsum("bgrsc,bgcd->bsgrd", weights, values), KEPT)
     before, own = jnp.split(weights, [prefix[1].shape[2]], axis=-1)
     mixed = jnp.einsum("bgrsc,bgcd->bsgrd", own, values, preferred_element_type=jnp.float32)
     return (_prefix_mix(before, prefix[1]) + mixed).astype(values.dtype)
+
+
+def _scores(
+    query: Float[Array, "B S G R Dh"], keys: Float[Array, "B G C Dh"]
+) -> Float[Array, "B G R S C"]:
+    """q·k in float32. Queries are transposed, not scores, of which there are more, and their rows
+    have one axis: XLA on CPUs takes products as they are written."""
+    rows, size, groups, each, width = query.shape
+    flat = jnp.transpose(query, (0, 2, 3, 1, 4)).reshape(rows, groups, each * size, width)
+    scores = jnp.einsum("bgtd,bgcd->bgtc", flat, keys, preferred_element_type=jnp.float32)
+    return scores.reshape(rows, groups, each, size, -1)
 
 
 def _prefix_scores(

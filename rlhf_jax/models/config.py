@@ -46,8 +46,9 @@ class ModelConfig:
         param_dtype: type of the stored parameters; that of adapters is always float32.
         compute_dtype: type of matrix products; residual stream, norms, softmax, RoPE, logits
             and scores stay float32.
-        remat: what a backward pass keeps per layer: "none" recomputes nothing, "dots" keeps
-            the outputs of the projections, "full" keeps only the layer's input.
+        remat: what a backward pass keeps per layer: "none" the results of projections and of
+            attention, so that only scores, softmax and what is done element by element is
+            computed again; "dots" those of the projections, "full" only the layer's input.
         logprob_chunk: tokens per chunk of the log-probabilities, so that logits exist for
             one chunk at a time.
         lora_rank: rank of the adapters; 0 = none.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from rlhf_jax.models.blocks import Block, Past, Sight, write_columns
+from rlhf_jax.models.blocks import KEPT, Block, Past, Sight, write_columns
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.rope import rope
 from rlhf_jax.types import Array, Cache, Prefix
@@ -59,14 +59,14 @@ def full_pass(
         x, _ = block.apply({"params": layer}, x, _choose(both, local))
         return x, None
 
-    if config.remat != "none":
-        policies = jax.checkpoint_policies
-        policy = {
-            "full": policies.nothing_saveable,
-            "dots": policies.dots_with_no_batch_dims_saveable,
-        }[config.remat]
-        # Inside a scan the loop already keeps the recomputation apart.
-        step = jax.checkpoint(step, policy=policy, prevent_cse=isinstance(layers, list))
+    policies = jax.checkpoint_policies
+    policy = {
+        "none": policies.save_only_these_names(KEPT),
+        "full": policies.nothing_saveable,
+        "dots": policies.dots_with_no_batch_dims_saveable,
+    }[config.remat]
+    # Inside a scan the loop already keeps the recomputation apart.
+    step = jax.checkpoint(step, policy=policy, prevent_cse=isinstance(layers, list))
     local = jnp.array(config.local)
     if isinstance(layers, list):
         for layer, kind in zip(layers, local, strict=True):

@@ -110,6 +110,15 @@ def group_zscore(
     return (x - group_mean(x, group_size)) / (group_std(x, group_size) + eps)
 
 
+def group_varies(x: Float[Array, " B"], group_size: int) -> Bool[Array, " N"]:
+    """Whether a group carries signal: not all of its values are equal.
+
+    A value that is not a number is no equal of any, so its group stays, and the update sees it.
+    """
+    grouped = _groups(x, group_size)
+    return jnp.max(grouped, axis=1) != jnp.min(grouped, axis=1)
+
+
 def leave_one_out(x: Float[Array, " B"], group_size: int) -> Float[Array, " B"]:
     """x minus the mean of the *other* members of its group: K/(K−1) · (x − group mean).
 

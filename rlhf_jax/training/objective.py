@@ -17,10 +17,12 @@ from rlhf_jax.models.completions import TextOutput, evaluate_texts, member_texts
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.ops import preference
+from rlhf_jax.ops.direct_preference import DirectPreference
 from rlhf_jax.ops.ensemble import combine_members, disagreement
 from rlhf_jax.ops.groups import split_chunks
 from rlhf_jax.ops.masking import last_true, masked_sum, mean_of
 from rlhf_jax.ops.reward_metrics import pair_correct
+from rlhf_jax.training.direct import REFERENCE, compare, counted_tokens, direct_means
 from rlhf_jax.training.experience import constrain_rows
 from rlhf_jax.types import Array, Labelled, Metrics, Mixture, Pairs, Steps, Term, Texts
 
@@ -28,7 +30,8 @@ Losses = tuple[dict[str, Term], Metrics]
 
 
 class Objective(NamedTuple):
-    """What a mixture is trained towards. ``own_rows``: each member of an ensemble has its own."""
+    """What a mixture is trained towards. ``own_rows``: each member of an ensemble has its own.
+    ``direct``: pairs train the LM head beside a frozen reference, and no scalar head."""
 
     model: Model
     sources: Mapping[str, float]
@@ -40,6 +43,7 @@ class Objective(NamedTuple):
     own_rows: bool = False
     smoothing: float = 0.0
     heads: Mapping[str, str] = types.MappingProxyType({})  # of sources that have one of their own
+    direct: DirectPreference | None = None
 
     def head(self, source: str, kind: type) -> str:
         """The head that a source of this kind trains."""
@@ -68,7 +72,10 @@ def forward(objective, frozen, params, mixture):
     outputs = {}
     for name, rows in mixture.items():
         with jax.named_scope(name):
-            if objective.model.config.members > 1:
+            if objective.direct and isinstance(rows, Pairs):
+                texts, reference = _texts(rows), frozen[REFERENCE]
+                outputs[name] = compare(objective.model, *trees, reference, texts)
+            elif objective.model.config.members > 1:
                 outputs[name] = _ask_members(objective, trees, rows)
             else:
                 outputs[name] = evaluate_texts(objective.model, *trees, _texts(rows))
@@ -128,9 +135,11 @@ def losses(objective, outputs, mixture) -> Losses:
         means, report = _source_means(objective, name, outputs[name], rows)
         weight = objective.sources[name] * copies
         terms[name] = Term(weight=weight, mean=means["loss"])
-        if "centre" in means and objective.centre_coef:
-            centre_weight = weight * objective.centre_coef
-            terms[f"{name}_centre"] = Term(weight=centre_weight, mean=means["centre"])
+        beside = {"centre": objective.centre_coef}
+        beside |= {"nll": objective.direct.nll_coef} if objective.direct else {}
+        for key, coef in beside.items():
+            if key in means and coef:
+                terms[f"{name}_{key}"] = Term(weight=weight * coef, mean=means[key])
         metrics |= {f"{name}/{key}": mean for key, mean in report.items()}
     return terms, metrics
 
@@ -141,6 +150,9 @@ def _source_means(objective, name, output, rows):
     match rows:
         case Texts():
             return {"loss": texts_mean(output, rows)}, {}
+        case Pairs() if objective.direct:
+            present = present_rows(rows.chosen) & present_rows(rows.rejected)
+            return direct_means(objective.direct, output, _texts(rows), rows, present)
         case Pairs():
             return _pair_means(head_of(output, head), rows)
         case Labelled():
@@ -175,8 +187,7 @@ def texts_mean(output: TextOutput, rows: Texts):
 
     A row's first token has no past and never counts.
     """
-    column = jax.lax.broadcasted_iota(jnp.int32, rows.mask.shape, 1)
-    return mean_of(-output.logprobs, rows.loss_mask & rows.mask & (column > 0))
+    return mean_of(-output.logprobs, counted_tokens(rows))
 
 
 def last_scores(scores: Float[Array, "M S"], texts: Texts) -> Float[Array, " M"]:

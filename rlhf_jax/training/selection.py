@@ -2,14 +2,17 @@
 
 Yu et al., 2025, DAPO, https://arxiv.org/abs/2503.14476, section 3.2. Shapes never change: the
 best N groups seen so far are kept, those with signal first, in the order in which they were
-drawn; what is still without signal after the last draw is trained on (its advantage is zero).
+drawn. What is still without signal after the last draw fills the batch up, is counted, and trains
+nothing: an algorithm's own `select` is for groups whose advantages are zero, and the wrapper
+`algorithms.wrappers.select` empties their masks.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool
 
-from rlhf_jax.types import Array, Rollouts, Scores
+from rlhf_jax.ops.metrics import single
+from rlhf_jax.types import Array, Metrics, Rollouts, Scores
 
 Batch = tuple[Rollouts, Scores]
 
@@ -29,3 +32,10 @@ def refill(
         return both[order].reshape(old.shape)
 
     return jax.tree.map(pick, kept, fresh), signal[order]
+
+
+def draw_metrics(signal: Bool[Array, " N"], draws: int) -> Metrics:
+    """`rollout/draws`, of N groups each, and `rollout/shortfall`, the groups of the batch that were
+    still without signal after the last."""
+    short = jnp.sum(~signal, dtype=jnp.float32)
+    return {"rollout/draws": single(float(draws)), "rollout/shortfall": single(short)}

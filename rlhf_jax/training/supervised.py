@@ -8,6 +8,9 @@ One step minimises a weighted mixture of sources, each normalised by what it its
     Labelled  mean of  −[z log σ(r) + (1 − z) log σ(−r)]
     Steps     mean over solutions of the mean cross-entropy at their step ends
 
+With `direct` (`rlhf_jax.ops.direct_preference`) pairs train a policy without scores: d is then made
+of its log-probs and those of its reference, and the table there says what the loss is of it.
+
 r is the outcome head at a text's last token, and at step ends the process head. So a batch with
 few labelled steps does not drown them, and doubling the rows of one source leaves the others'
 gradient alone. One trunk serves all sources; give both heads one name to share the head too, or
@@ -36,6 +39,7 @@ from jaxtyping import Float
 
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.transformer import Model
+from rlhf_jax.ops.direct_preference import DirectPreference
 from rlhf_jax.ops.groups import join_chunks, split_chunks
 from rlhf_jax.ops.masking import mean_of
 from rlhf_jax.ops.metrics import single
@@ -82,6 +86,7 @@ def make_supervised_step(
     process_head: str = "process",
     smoothing: float = 0.0,
     heads: Mapping[str, str] | None = None,
+    direct: DirectPreference | None = None,
 ) -> Callable[[TrainState, Frozen, Mixture, jax.Array], tuple[TrainState, Metrics]]:
     """A pure function (state, frozen, mixture, key) -> (state, metrics); nothing in it is random.
 
@@ -101,10 +106,12 @@ def make_supervised_step(
             `label_tables`, ``<source>/label_moved`` is how far labels are from those given, and
             ``/accuracy`` in training is that on the labels of now.
         heads: the head of a source by name, in place of the two above.
+        direct: pairs train the LM head by this loss, beside ``frozen["reference"]``, the whole tree
+            of the model without adapters; they have no scores and need no scalar head.
 
     Raises:
-        ValueError: no source, or bad sizes; at tracing for a mixture of other sources, or for a
-            head that the model lacks.
+        ValueError: no source, bad sizes, or labels that follow a model without scores; at tracing
+            for a mixture of other sources, or for a head that the model lacks.
     """
     objective = _objective(
         model, sources, role, microbatches, centre_coef, outcome_head, process_head
@@ -112,7 +119,10 @@ def make_supervised_step(
         own_rows=own_rows(model.config),
         smoothing=check_smoothing(model.config, smoothing),
         heads=heads or {},
+        direct=direct,
     )
+    if direct and smoothing:
+        raise ValueError(f"smoothing={smoothing}: labels follow scores, and a policy gives none")
 
     def supervised_step(state, frozen, mixture, key):
         del key  # the signature of all updates
@@ -130,6 +140,7 @@ def make_supervised_evaluate(
     outcome_head: str = "outcome",
     process_head: str = "process",
     heads: Mapping[str, str] | None = None,
+    direct: DirectPreference | None = None,
 ) -> Callable[[Mapping[str, Params], Frozen, Mixture], Metrics]:
     """A pure function (params, frozen, mixture) -> metrics, without gradients.
 
@@ -140,10 +151,14 @@ def make_supervised_evaluate(
     All are means with counts: add them over batches. All members of an ensemble read the same
     rows, and the above are means over members too; Pairs also give ``/accuracy_of_mean``, that of
     their mean score, and ``/disagreement``, the standard deviation of d over members.
+
+    With `direct` Pairs give ``/accuracy`` (how often the better answer has the higher implicit
+    reward β log π/π_ref), ``/reward_chosen``, ``/reward_rejected``, ``/reward_margin`` (their
+    difference), and ``/logprob_chosen`` and ``/logprob_rejected`` of whole answers, in nats.
     """
     objective = _objective(
         model, sources, role, microbatches, 0.0, outcome_head, process_head
-    )._replace(heads=heads or {})
+    )._replace(heads=heads or {}, direct=direct)
 
     def supervised_evaluate(params, frozen, mixture):
         return _evaluate(objective, params, frozen, mixture)

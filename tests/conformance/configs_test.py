@@ -7,7 +7,9 @@ import pathlib
 import pytest
 from ml_collections import ConfigDict
 
+from configs.methods import METHODS
 from rlhf_jax import evaluate_best_of, label_steps, sections
+from rlhf_jax.find import members
 from rlhf_jax.pipeline import PROGRAMS, check
 from rlhf_jax.policy_plan import make_plan
 
@@ -66,3 +68,16 @@ def test_a_config_names_what_exists(name, tmp_path, monkeypatch):
     else:
         plan = make_plan(config)
         assert plan.described["policy"].vocab_size == plan.tokenizer.vocab_size
+
+
+def test_every_algorithm_has_the_settings_of_its_paper():
+    assert METHODS.keys() == set(members("algorithms"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_settings_of_a_paper_can_be_planned(method, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = load("methods", f"method={method}")
+    plan = make_plan(config)
+    assert config.algorithm.name == method
+    assert plan.sizes.samples >= plan.algorithm.needs.min_group

@@ -49,7 +49,8 @@ RESOURCES = {
     "allow": True,
     "isolation": "hook" if namespaces_work() else "namespaces",
 }
-FIELDS = {"choice": {"answer": "letter"}}  # where a member reads another field than most
+# Where a member reads another field than most, or has keys without a default.
+FIELDS = {"choice": {"answer": "letter"}, "overlong": {"limit": 30, "buffer": 20}}
 
 
 def made(name, **changes):

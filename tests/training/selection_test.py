@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax.training.selection import refill
+from rlhf_jax.training.selection import draw_metrics, refill
 from rlhf_jax.types import Scores
 from tests.rewards.examples import random_rollouts
 
@@ -61,3 +61,9 @@ def test_shapes_and_types_do_not_change():
     got, _ = refill(kept, np.zeros(N, bool), fresh, np.ones(N, bool))
     for new, old in zip(jax.tree.leaves(got), jax.tree.leaves(kept), strict=True):
         assert (new.shape, new.dtype) == (old.shape, old.dtype)
+
+
+def test_draws_and_what_they_left_short_are_counted():
+    found = draw_metrics(np.array([True, False, True, False, False]), 3)
+    numbers = {name: (float(m.total), float(m.count)) for name, m in found.items()}
+    assert numbers == {"rollout/draws": (3.0, 1.0), "rollout/shortfall": (3.0, 1.0)}

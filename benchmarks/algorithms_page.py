@@ -1,0 +1,187 @@
+"""docs/results/algorithms.md and its figure from the runs of `benchmarks.algorithms`."""
+
+import pathlib
+import statistics
+from collections.abc import Mapping, Sequence
+
+from matplotlib.figure import Figure
+
+from benchmarks.pages import (
+    Numbers,
+    interval,
+    last_day,
+    machine_and_versions,
+    read,
+    read_lines,
+    table,
+)
+
+FIGURE = "algorithms.png"
+# Column of metrics.jsonl -> title of its panel.
+CURVES = {
+    "reward/exact": "gold: exact answers (trains nothing)",
+    "objective/score": "learned rewards, weighted",
+    "objective/kl_ref": "KL to the start (nats per completion)",
+    "rollout/length": "length (tokens)",
+}
+MODES = {"accuracy": "sampling", "greedy_accuracy": "greedy"}
+
+
+def beats(change: Numbers, name: str) -> bool:
+    """Whether the whole 95 % interval of a change lies above 0."""
+    return change[f"{name}_low"] > 0
+
+
+def points(numbers: Numbers, name: str) -> str:
+    """ "+45.6 (+43.1 to +48.1)": a change of a share, in points."""
+    cells = [f"{100 * numbers[f'{name}{end}']:+.1f}" for end in ("", "_low", "_high")]
+    return f"{cells[0]} ({cells[1]} to {cells[2]})"
+
+
+def accuracy_rows(
+    evaluations: Sequence[Numbers], methods: Sequence[str], mode: str
+) -> list[list[str]]:
+    """The start's accuracy, and every method's gain in points."""
+    rows = [["(start)", *(interval(n, f"sft/{mode}") for n in evaluations), ""]]
+    for method in methods:
+        name = f"{method}/{mode}_change"
+        mean = statistics.fmean(numbers[name] for numbers in evaluations)
+        rows.append([method, *(points(n, name) for n in evaluations), f"{100 * mean:+.1f}"])
+    return rows
+
+
+def course_rows(
+    workdir: pathlib.Path, seeds: Sequence[int], evaluations: Sequence[Numbers], methods
+) -> list[list[str]]:
+    """Where a method ended: means over the seeds."""
+    rows = []
+    for method in methods:
+        ends = [read_lines(workdir / f"{method}_{s}" / "metrics.jsonl")[-1] for s in seeds]
+        runs = [read(workdir / f"{method}_{seed}" / "summary.json") for seed in seeds]
+        rows.append(
+            [
+                method,
+                f"{statistics.fmean(n[f'{method}/kl'] for n in evaluations):.2f}",
+                *(f"{statistics.fmean(row[c] for row in ends):.2f}" for c in list(CURVES)[1::2]),
+                f"{max(run['seconds'] for run in runs):.0f}",
+                f"{max(run['peak_memory_bytes'] for run in runs) / 2**30:.2f}",
+            ]
+        )
+    return rows
+
+
+def verdict(evaluations: Sequence[Numbers], methods: Sequence[str], seeds: Sequence[int]) -> str:
+    """A sentence on who does not beat the start significantly on every seed; it may be none."""
+    missed = [
+        f"{method}, {name}, seed {seed} ({points(numbers, f'{method}/{mode}_change')})"
+        for mode, name in MODES.items()
+        for method in methods
+        for seed, numbers in zip(seeds, evaluations, strict=True)
+        if not beats(numbers, f"{method}/{mode}_change")
+    ]
+    return f"Not above the start, by the whole interval: {'; '.join(missed) or 'none'}."
+
+
+def draw(path: pathlib.Path, courses: Mapping[str, Sequence[Sequence[Numbers]]], samples: int):
+    """Curves over samples drawn, each the mean over seeds.
+
+    Args:
+        courses: by method, the lines of each seed's metrics.jsonl.
+        samples: completions of one iteration.
+    """
+    figure = Figure(figsize=(14, 9), layout="constrained")
+    for axes, (column, title) in zip(figure.subplots(2, 2).flat, CURVES.items(), strict=True):
+        for i, (method, lines) in enumerate(courses.items()):
+            found = [
+                [row[column] for row in rows]
+                for rows in zip(*lines, strict=True)
+                if all(column in row for row in rows)
+            ]
+            means = [statistics.fmean(values) for values in found]
+            drawn = [samples * (step + 1) for step in range(len(means))]
+            axes.plot(
+                drawn, means, label=method, linestyle=("-", "--")[i // 10], color=f"C{i % 10}"
+            )
+        axes.set_title(title)
+        axes.set_xlabel("samples drawn")
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def settings_rows(workdir: pathlib.Path, seed: int, methods: Sequence[str]) -> list[list[str]]:
+    """What each method's config says that is not its default."""
+    rows = []
+    for method in methods:
+        config = read(workdir / f"{method}_{seed}" / "config.json")
+        values = {k: v for k, v in config["algorithm"].items() if k != "name"}
+        said = ", ".join(f"{k}={v:.3g}" for k, v in values.items()) or "the paper's"
+        rows.append([method, said, f"{config['optimizer']['policy']['learning_rate']:.0e}"])
+    return rows
+
+
+def write(
+    page: pathlib.Path,
+    workdir: pathlib.Path,
+    seeds: Sequence[int],
+    methods: Sequence[str],
+    command: str,
+) -> None:
+    """Writes the page and, beside it, the figure."""
+    evaluations = [read(workdir / f"evaluation_{seed}" / "summary.json") for seed in seeds]
+    config = read(workdir / f"{methods[0]}_{seeds[0]}" / "config.json")
+    rollout, steps = config["rollout"], config["train"]["steps"]
+    samples = rollout["prompts"] * rollout["samples"]
+    courses = {
+        name: [read_lines(workdir / f"{name}_{seed}" / "metrics.jsonl") for seed in seeds]
+        for name in methods
+    }
+    draw(page.parent / FIGURE, courses, samples)
+    head = ["method", *(f"seed {seed}" for seed in seeds), "mean"]
+    page.write_text(
+        f"""# Every algorithm with learned rewards, the same sample budget
+
+{last_day(workdir.glob("*/summary.json"))}, {machine_and_versions(evaluations[0])}. Written by
+
+    {command}
+
+which runs what is not done yet; every number comes from a summary.json or a metrics.jsonl. For each
+seed all methods start from one fine-tuned model (the quickstart's) and are paid by its two learned
+rewards, outcome and process; {steps} iterations of {rollout["prompts"]} prompts x \
+{rollout["samples"]} samples, {steps * samples:,} completions in
+all. Exact answers, the gold, train nothing. Nothing was tuned per seed; how far a method goes in so
+few steps depends on its learning rate and its β, so this is not a ranking of papers.
+
+## Settings
+
+{table(["method", "settings", "learning rate"], settings_rows(workdir, seeds[0], methods))}
+
+## Exact answers on problems of the test split
+
+Points gained over the start on the same problems, with the 95 % interval of the mean of paired
+differences. {verdict(evaluations, methods, seeds)}
+
+Sampling at temperature 1:
+
+{table(head, accuracy_rows(evaluations, methods, "accuracy"))}
+
+Greedy:
+
+{table(head, accuracy_rows(evaluations, methods, "greedy_accuracy"))}
+
+![gold, learned reward, KL and length over samples drawn](algorithms.png)
+
+## Where they ended
+
+Means over seeds: KL of samples on test problems (nats per completion); learned reward and length in
+the last iteration; the slowest run's seconds and the largest run's memory.
+
+{
+            table(
+                ["method", "KL", "learned reward", "length", "seconds", "GiB"],
+                course_rows(workdir, seeds, evaluations, methods),
+            )
+        }
+""",
+        encoding="utf-8",
+    )

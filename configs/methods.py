@@ -1,0 +1,94 @@
+"""Every algorithm with the settings of its paper, on a model and rewards of yours.
+
+    python -m rlhf_jax.train_policy \
+        --config=configs/methods.py:method=dapo,init_from=DIR,reward=DIR --workdir=runs/dapo
+
+``init_from`` is a model to start from (empty: random weights of toy size), ``reward`` the folder of
+a reward model (empty: the exact checker of the embedded task alone). Papers train on hundreds of
+prompts a step; ``prompts`` is what this run has, 16 unless given, and all sizes besides K are small
+too: change `data`, `rollout` and `train` to yours. What a paper does not say is marked "ours".
+The table in README says which paper; docs/results/algorithms.md what they do on one task.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import parse_arg
+from configs.ppo_tiny import get_config as tiny
+
+# Learning rates are the papers' for models of billions of weights, tuned with Adam; small models
+# want more.
+METHODS = {
+    # Huang et al. 2024, "The N+ implementation details" of PPO for summaries: 512 prompts.
+    "ppo": dict(
+        algorithm=dict(kl_coef=0.05, lam=0.95, value_coef=0.1, clip=0.2),
+        samples=1, temperature=0.7, epochs=4, minibatches=1, rate=3e-6, schedule="linear",
+    ),
+    # Shao et al. 2024, DeepSeekMath: 16 prompts x 64, one update per batch.
+    "grpo": dict(
+        algorithm=dict(kl_coef=0.04, clip_low=0.2, clip_high=0.2), samples=64, rate=1e-6
+    ),
+    # Liu et al. 2025, Oat-Zero: 128 prompts x 8; the constant is the budget of tokens.
+    "dr_grpo": dict(algorithm=dict(constant=3000), samples=8, rate=1e-6),
+    # Yu et al. 2025: 512 prompts x 16 in 16 minibatches, up to 10 draws.
+    "dapo": dict(algorithm=dict(), samples=16, minibatches=4, rate=1e-6, warmup=20, draws=10),
+    # Zheng et al. 2025: four minibatches; K and the rate are ours.
+    "gspo": dict(algorithm=dict(), samples=8, minibatches=4, rate=1e-6),
+    # Khatri et al. 2025 (ScaleRL): 48 prompts x 16; the rate is ours.
+    "cispo": dict(algorithm=dict(clip_high=5.0), samples=16, rate=1e-6),
+    # Ahmadian et al. 2024: 512 rollouts, K of 2 or 4.
+    "rloo": dict(algorithm=dict(kl_coef=0.03), samples=4, rate=1e-6),
+    # Hu 2025; K = 1 is the point of it, the rate is ours.
+    "reinforce_plus_plus": dict(algorithm=dict(kl_coef=0.01), samples=1, rate=1e-6),
+    # Sidahmed et al. 2024, summaries: 128 episodes; adapters on every attention projection.
+    "pe_reinforce": dict(
+        algorithm=dict(kl_coef=0.05), samples=1, temperature=0.7, rate=1e-5,
+        adapters=dict(lora_rank=8, lora_targets=("query", "key", "value", "output")),
+    ),
+    # Mukobi et al. 2023: best of 16, 64 tokens; adapters of rank 4 on q and v.
+    "superhf": dict(
+        algorithm=dict(kl_coef=0.35), samples=16, top_p=0.95, rate=2e-5, schedule="cosine",
+        warmup=32, adapters=dict(lora_rank=4, lora_alpha=32.0, lora_targets=("query", "value")),
+    ),
+    # Dong et al. 2023 (RAFT): best of 32; the rate is ours.
+    "best_of_n": dict(algorithm=dict(), samples=32, rate=2e-5),
+    # Guo et al. 2024: 128 prompts, two samples each.
+    "online_dpo": dict(algorithm=dict(beta=0.1), samples=2, temperature=0.9, rate=5e-7),
+}  # fmt: skip
+
+
+def rewards(folder: str) -> dict:
+    """The exact checker; or a reward model, and the checker as a metric that trains nothing."""
+    exact = dict(name="exact_match", weight=0.0 if folder else 1.0)
+    if not folder:
+        return dict(exact=exact)
+    learned = dict(init_from=folder, head="outcome", normalise=True, clip=3.0, shrink=1.0)
+    return dict(outcome=dict(name="outcome_model", weight=1.0, **learned), exact=exact)
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    args = parse_arg(arg, method="ppo", init_from="", reward="", prompts=16, steps=100, seed=0)
+    if args.method not in METHODS:
+        raise ValueError(f"method={args.method!r}; known: {', '.join(METHODS)}")
+    paper = METHODS[args.method]
+    config = tiny()
+    config.seed = args.seed
+    # A model of a folder has its own sizes; "tiny" is that of random weights.
+    model = dict(init_from=args.init_from, remat="none", compute_dtype="float32")
+    config.model = model if args.init_from else dict(name="tiny", **model)
+    config.model.update(paper.get("adapters", {}))
+    config.value.init_from = "outcome" if args.reward else "policy"
+    config.rewards = rewards(args.reward)
+    config.algorithm = dict(name=args.method, **paper["algorithm"])
+    config.rollout.update(
+        prompts=args.prompts, samples=paper["samples"], max_draws=paper.get("draws", 1)
+    )
+    config.rollout.sampling.update(
+        temperature=paper.get("temperature", 1.0), top_p=paper.get("top_p", 1.0)
+    )
+    config.updates.update(epochs=paper.get("epochs", 1), minibatches=paper.get("minibatches", 1))
+    for role in ("policy", "value"):
+        config.optimizer[role].learning_rate = paper["rate"]
+        config.optimizer[role].warmup = paper.get("warmup", 2)
+        config.optimizer[role].schedule = paper.get("schedule", "constant")
+    config.train.steps = args.steps
+    return config

@@ -1,0 +1,40 @@
+"""Keys of configs that are about policy runs alone; see `rlhf_jax.sections`."""
+
+from typing import NotRequired, TypedDict
+
+from rlhf_jax.schema import Count
+
+
+class Correction(TypedDict):
+    """How samples are weighed for the update; see `rlhf_jax.algorithms.wrappers`."""
+
+    how: str  # tis, token_mask, sequence_tis or sequence_mask
+    low: NotRequired[float]
+    high: NotRequired[float]
+
+
+class Select(TypedDict):
+    """Which groups train; the others give way to further draws."""
+
+    how: str  # signal or range
+    reward: NotRequired[str]  # label of the reward that decides
+    low: NotRequired[float]
+    high: NotRequired[float]
+
+
+class AlgorithmWrappers(TypedDict):
+    """The keys of an algorithm's section that do not go to its function."""
+
+    name: str
+    correction: NotRequired[Correction]
+    omit_truncated: NotRequired[bool]
+    select: NotRequired[Select]
+
+
+class Axis(TypedDict):
+    """What stays as it is when samples per prompt change; see `rlhf_jax.k_axis`."""
+
+    samples: Count  # at which rollout.prompts and the learning rates were chosen
+    hold: NotRequired[str]  # prompts, samples or tokens
+    tokens: NotRequired[Count]  # of max_tokens then, for hold="tokens"
+    lr_scale: NotRequired[str]  # none, sqrt or linear

@@ -1,0 +1,70 @@
+"""The wrappers that a config puts around an algorithm, and what they need of the run."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from rlhf_jax.algorithms.wrappers import correction, omit_truncated, select
+from rlhf_jax.schema import closest, within
+from rlhf_jax.types import Algorithm
+
+_ORDER = ("correction", "omit_truncated", "select")
+
+
+def wrap_algorithm(config: ConfigDict, made: Algorithm, around: Mapping[str, Any]) -> Algorithm:
+    """``made`` in the wrappers that ``config.algorithm`` names.
+
+    Args:
+        around: the section's keys that do not go to the algorithm's function.
+
+    Raises:
+        ValueError: for values that a wrapper refuses, or a wrapper that could not do in this run
+            what it says.
+    """
+    for key in _ORDER:
+        if around.get(key, False) and key not in made.wraps:
+            can = ", ".join(made.wraps) or "no wrapper"
+            raise ValueError(
+                f"algorithm.{key} would not change the loss of {around['name']} as it says; "
+                f"{around['name']} takes {can}; leave {key} out"
+            )
+    if "correction" in around:
+        _check_correction(config)
+        with within("algorithm.correction"):
+            made = correction(made, **around["correction"])
+    if around.get("omit_truncated", False):
+        made = omit_truncated(made)
+    if "select" in around:
+        with within("algorithm.select"):
+            made = select(made, **around["select"])
+        _check_select(config)
+    return made
+
+
+def _check_correction(config: ConfigDict) -> None:
+    if config.rollout.sampling.get("temperature", 1.0) == 0:
+        raise ValueError(
+            "algorithm.correction weighs by the sampler's probabilities, and greedy samples have "
+            "none; set rollout.sampling.temperature above 0 or leave correction out"
+        )
+
+
+def _check_select(config: ConfigDict) -> None:
+    section, sizes, rewards = config.algorithm.select, config.rollout, config.rewards
+    if sizes.max_draws < 2:
+        raise ValueError(
+            "algorithm.select draws anew for groups that it leaves out, but rollout.max_draws="
+            f"{sizes.max_draws}; set it to 2 or more"
+        )
+    if section.how == "signal" and sizes.samples < 2:
+        raise ValueError(
+            "algorithm.select.how='signal' compares the samples of a prompt, but rollout.samples="
+            f"{sizes.samples}; set it to 2 or more, or say how='range'"
+        )
+    label = section.get("reward")
+    if label is not None and label not in rewards:
+        raise ValueError(
+            f"algorithm.select.reward={label!r} is none of rewards{closest(label, rewards)}; "
+            f"known: {', '.join(rewards)}"
+        )

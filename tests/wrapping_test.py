@@ -1,0 +1,116 @@
+"""Wrappers of the config's algorithm section: put around it, or refused when it is built."""
+
+import pytest
+
+from configs.ppo_tiny import get_config
+from rlhf_jax import build
+from rlhf_jax.algorithms.grpo import grpo
+
+
+def config_with(**algorithm):
+    config = get_config()
+    config.algorithm = dict(name="grpo", kl_coef=0.0) | algorithm
+    config.rollout.max_draws = 3
+    return config
+
+
+def test_without_wrappers_the_algorithm_is_the_functions_own():
+    own = grpo(kl_coef=0.0)
+    for wrappers in ({}, dict(omit_truncated=False)):
+        plain = build.algorithm(config_with(**wrappers))
+        assert plain.select is None
+        assert plain.targets.__qualname__ == own.targets.__qualname__
+        assert plain.loss.__qualname__ == own.loss.__qualname__
+
+
+@pytest.mark.parametrize(
+    ("wrappers", "outermost"),
+    [
+        (dict(correction=dict(how="tis")), "correction."),
+        (dict(correction=dict(how="token_mask", low=0.2, high=5.0)), "correction."),
+        (dict(omit_truncated=True, correction=dict(how="tis")), "omit_truncated."),
+        (dict(select=dict(how="signal"), omit_truncated=True), "select."),
+        (dict(select=dict(how="range", reward="exact", low=0.2, high=0.8)), "select."),
+    ],
+)
+def test_wrappers_are_put_around_in_one_order(wrappers, outermost):
+    made = build.algorithm(config_with(**wrappers))
+    assert made.targets.__qualname__.startswith(outermost)
+    assert (made.select is not None) == ("select" in wrappers)
+    assert made.needs == build.algorithm(config_with()).needs
+
+
+@pytest.mark.parametrize(
+    ("wrappers", "message"),
+    [
+        (dict(corection=dict(how="tis")), r"algorithm.corection: no such key; did you mean 'corr"),
+        (dict(correction=dict(high=2.0)), "algorithm.correction.how is missing"),
+        (dict(correction=dict(how="tis", cap=2.0)), "algorithm.correction.cap: no such key"),
+        (dict(correction=dict(how="tis", high="2")), "algorithm.correction.high='2' is str"),
+        (dict(correction=dict(how="icepop")), "algorithm.correction: how='icepop' is unknown"),
+        (dict(correction=dict(how="tis", low=0.5)), "algorithm.correction: low=0.5, but tis"),
+        (
+            dict(correction=dict(how="token_mask", low=-1.0)),
+            r"algorithm.correction: low=-1.0 and high=2.0; wanted 0 <= low",
+        ),
+        (
+            dict(correction=dict(how="sequence_mask", low=3.0, high=2.0)),
+            r"algorithm.correction: low=3.0 and high=2.0",
+        ),
+        (dict(omit_truncated=1), "algorithm.omit_truncated=1 is int; wanted bool"),
+        (dict(select=dict(how="dynamic")), "algorithm.select: how='dynamic' is unknown"),
+        (dict(select=dict(how="range", low=0.2, high=0.8)), "how='range' needs reward"),
+        (
+            dict(select=dict(how="range", reward="exact", low=0.8, high=0.2)),
+            "algorithm.select: low=0.8 and high=0.2; wanted low <= high",
+        ),
+        (
+            dict(select=dict(how="signal", reward="exakt")),
+            r"algorithm.select.reward='exakt' is none of rewards; did you mean 'exact'\?; known: ",
+        ),
+    ],
+)
+def test_bad_values_are_named_with_the_way_out(wrappers, message):
+    with pytest.raises(ValueError, match=message):
+        build.algorithm(config_with(**wrappers))
+
+
+@pytest.mark.parametrize(
+    ("wrappers", "sizes", "message"),
+    [
+        (dict(select=dict(how="signal")), dict(max_draws=1), r"max_draws=1; set it to 2 or more"),
+        (dict(select=dict(how="signal")), dict(samples=1), r"rollout.samples=1; set it to 2 or"),
+        (
+            dict(correction=dict(how="tis")),
+            {"sampling.temperature": 0.0},
+            "greedy samples have none; set rollout.sampling.temperature above 0",
+        ),
+    ],
+)
+def test_what_cannot_work_in_this_run_is_named(wrappers, sizes, message):
+    config = config_with(**wrappers)
+    config.rollout.update_from_flattened_dict(sizes)
+    with pytest.raises(ValueError, match=message):
+        build.algorithm(config)
+
+
+def test_an_algorithm_says_what_may_be_around_it(tmp_path, monkeypatch):
+    """A file outside the package whose loss knows no advantages refuses a correction."""
+    folder = tmp_path / "shelf_of_mine"
+    folder.mkdir()
+    (folder / "imitates.py").write_text(
+        "from rlhf_jax.algorithms.grpo import grpo\n"
+        "def imitates():\n"
+        "    return grpo()._replace(wraps=('omit_truncated', 'select'))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = config_with()
+    config.algorithm = dict(name="shelf_of_mine.imitates", correction=dict(how="tis"))
+    said = (
+        "algorithm.correction would not change the loss of shelf_of_mine.imitates as it says; "
+        "shelf_of_mine.imitates takes omit_truncated, select; leave correction out"
+    )
+    with pytest.raises(ValueError, match=said):
+        build.algorithm(config)
+    config.algorithm = dict(name="shelf_of_mine.imitates", omit_truncated=True)
+    assert build.algorithm(config).targets.__qualname__.startswith("omit_truncated.")

@@ -73,9 +73,10 @@ def test_toys_are_short():
     "algorithm",
     [
         dict(name="ppo", kl_coef=0.0),  # a separate critic: a tree and an optimizer of its own
-        dict(name="grpo"),
-        dict(name="tests.toys.superhf"),
-        dict(name="tests.toys.online_dpo"),
+        dict(name="rloo", kl_coef=0.0),
+        dict(name="superhf", kl_coef=0.01),
+        dict(name="online_dpo"),
+        dict(name="best_of_n"),
     ],
     ids=lambda algorithm: algorithm["name"].rpartition(".")[2],
 )
@@ -87,7 +88,7 @@ def test_an_algorithm_is_one_file(algorithm, tmp_path, monkeypatch):
 
 
 def test_dynamic_sampling_refills_groups(tmp_path, monkeypatch):
-    config = toy_config(dict(name="tests.toys.dynamic"))
+    config = toy_config(dict(name="dapo"))
     config.rollout.max_draws = 3
     rows, state = run(config, tmp_path, monkeypatch)
     assert_learnt(rows)

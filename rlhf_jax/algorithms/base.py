@@ -1,16 +1,39 @@
-"""What algorithms share: how scores become rewards. The protocol itself is `types.Algorithm`."""
+"""What algorithms share: how scores become rewards and advantages, and the surrogate's terms.
 
+The protocol itself is `types.Algorithm`. `group_relative` is the family that compares the samples
+of one prompt: its members differ in values alone.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
+from rlhf_jax.ops import groups
 from rlhf_jax.ops.divergence import kl_estimate
 from rlhf_jax.ops.masking import masked_sum, mean_of, place_at_last
-from rlhf_jax.ops.surrogate import filled
-from rlhf_jax.types import Array, CompletionOutput, Experience, Metrics, Scores
+from rlhf_jax.ops.returns import reward_to_go
+from rlhf_jax.ops.surrogate import Surrogate, aggregate, check_surrogate, filled, policy_loss
+from rlhf_jax.types import (
+    Algorithm,
+    Array,
+    CompletionOutput,
+    Experience,
+    Metrics,
+    Needs,
+    Scores,
+    Targets,
+    Term,
+)
+
+SCALES = ("std", "none")
+CREDITS = ("sequence", "steps")
 
 
 def token_rewards(
-    experience: Experience, *, kl_coef: Float[Array, ""] | float, estimator: str = "k1"
+    experience: Experience, *, kl_coef: Float[Array, ""] | float | int, estimator: str = "k1"
 ) -> Float[Array, "B T"]:
     """The reward of each token; 0 in padding.
 
@@ -31,6 +54,133 @@ def token_rewards(
 def sequence_rewards(scores: Scores, mask: Bool[Array, "B T"]) -> Float[Array, " B"]:
     """One reward per completion: the outcome plus the sum of the process scores."""
     return scores.outcome.astype(jnp.float32) + masked_sum(scores.process, mask, axis=-1)
+
+
+def penalised_scores(experience: Experience, surrogate: Surrogate) -> Scores:
+    """The scores; the outcome less β Σ_t KL_t where the surrogate wants the KL in the rewards."""
+    scores = experience.scores
+    if not surrogate.reward_kl:
+        return scores
+    penalty = surrogate.reward_kl * sequence_kl(experience, surrogate.kl_estimator)
+    return dataclasses.replace(scores, outcome=scores.outcome.astype(jnp.float32) - penalty)
+
+
+def sequence_kl(experience: Experience, estimator: str) -> Float[Array, " B"]:
+    """Σ_t KL_t between the policy that sampled and the reference, in nats per completion."""
+    mask = experience.rollouts.mask
+    logprobs, ref_logprobs = filled(mask, experience.logprobs, experience.ref_logprobs)
+    return masked_sum(kl_estimate(logprobs, ref_logprobs, estimator), mask, axis=-1)
+
+
+def has_signal(scores: Scores, group_size: int) -> Bool[Array, " N"]:
+    """Groups whose rewards are not all equal: only these say which sample is better.
+
+    Yu et al. 2025, https://arxiv.org/abs/2503.14476, equation 11, for any reward.
+    """
+    rewards = scores.outcome.astype(jnp.float32) + jnp.sum(scores.process, axis=-1)
+    grouped = jnp.reshape(rewards, (-1, group_size))
+    return jnp.max(grouped, axis=1) > jnp.min(grouped, axis=1)
+
+
+def spread(x: Float[Array, " B"], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
+    """A number of each completion at every token of it; 0 in padding."""
+    return jnp.where(mask, x[:, None], 0.0)
+
+
+def imitation(
+    experience: Experience, chosen: Bool[Array, " B"], rewards: Float[Array, " B"]
+) -> Targets:
+    """Targets of methods that imitate chosen completions: advantage 1 there, no token elsewhere."""
+    mask = jnp.asarray(experience.rollouts.mask)
+    kept = mask & chosen[:, None]
+    advantages = jnp.where(kept, 1.0, 0.0)
+    return Targets(advantages=advantages, returns=spread(rewards, mask), mask=kept)
+
+
+def policy_terms(
+    output: CompletionOutput, experience: Experience, targets: Targets, surrogate: Surrogate
+) -> tuple[dict[str, Term], Metrics]:
+    """The terms of `ops.surrogate.Surrogate`, and metrics; gradients through `output` alone."""
+    experience, targets = jax.lax.stop_gradient((experience, targets))
+    mask = targets.mask
+    (logprobs,) = filled(mask, output.logprobs)
+    old_logprobs, ref_logprobs, advantages = filled(
+        mask, experience.logprobs, experience.ref_logprobs, targets.advantages
+    )
+    policy, clipped, ratio = policy_loss(logprobs, old_logprobs, advantages, mask, surrogate)
+
+    def mean(x):
+        return aggregate(x, mask, surrogate.aggregate, constant=surrogate.constant)
+
+    terms = {"policy": Term(weight=1.0, mean=mean(policy))}
+    if surrogate.loss_kl:
+        kl = kl_estimate(logprobs, ref_logprobs, surrogate.kl_estimator)
+        kl = ratio * kl if surrogate.kl_weighted else kl
+        terms["kl"] = Term(weight=surrogate.loss_kl, mean=mean(kl))
+    if surrogate.entropy_coef:
+        (entropy,) = filled(mask, output.entropy)
+        terms["entropy"] = Term(weight=-surrogate.entropy_coef, mean=mean(entropy))
+    return terms, policy_metrics(output, clipped, ratio, mask)
+
+
+def group_relative(
+    surrogate: Surrogate,
+    *,
+    scale: str = "std",
+    credit: str = "sequence",
+    select: Callable[[Scores, int], Array] | None = None,
+) -> Algorithm:
+    """An algorithm whose baseline is the mean of the group: GRPO and its descendants.
+
+    credit "sequence": A_it = z(outcome_i + Σ_t process_it), the same at every token
+    credit "steps":    A_it = z(outcome_i) + Σ over steps that end at t or later of z(process)
+
+    z centres by the group's mean, over its completions or over all its steps, and with `scale`
+    "std" divides by its standard deviation + 1e-6. Shao et al. 2024,
+    https://arxiv.org/abs/2402.03300, sections 4.1.2 and 4.1.3.
+
+    Args:
+        surrogate: the values of the loss.
+        scale: "std" or "none".
+        credit: "sequence", or "steps": process scores at `step_ends` train what led to them.
+        select: which groups train; see `types.Algorithm`.
+    """
+    check_surrogate(surrogate)
+    for name, value, known in (("scale", scale, SCALES), ("credit", credit, CREDITS)):
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
+
+    def centred(x, mask, group_size):
+        mean, std = groups.masked_group_stats(x, mask, group_size)
+        return (x - mean) / (std + 1e-6) if scale == "std" else x - mean
+
+    @jax.named_scope("group_targets")
+    def targets(experience, group_size, state):
+        mask, scores = experience.rollouts.mask, penalised_scores(experience, surrogate)
+        rewards = sequence_rewards(scores, mask)
+        if credit == "sequence":
+            if scale == "std":
+                advantages = groups.group_zscore(rewards, group_size)
+            else:
+                advantages = rewards - groups.group_mean(rewards, group_size)
+            advantages = spread(advantages, mask)
+        else:
+            ends = experience.rollouts.step_ends & mask
+            (process,) = filled(ends, scores.process)
+            steps = jnp.where(ends, centred(process, ends, group_size), 0.0)
+            outcome = scores.outcome.astype(jnp.float32)[:, None]
+            outcome = centred(outcome, jnp.ones(outcome.shape, bool), group_size)
+            advantages = jnp.where(mask, outcome + reward_to_go(steps, mask), 0.0)
+        returns = spread(rewards, mask)
+        return Targets(advantages=advantages, returns=returns, mask=jnp.asarray(mask)), state
+
+    @jax.named_scope("group_loss")
+    def loss(output, experience, targets, group_size):
+        del group_size  # the comparison within groups is made; tokens are on their own now
+        return policy_terms(output, experience, targets, surrogate)
+
+    needs = Needs(reference=surrogate.kl_coef != 0, min_group=2)
+    return Algorithm(init=lambda: (), targets=targets, loss=loss, needs=needs, select=select)
 
 
 def policy_metrics(

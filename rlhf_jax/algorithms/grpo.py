@@ -7,41 +7,48 @@ Shao et al. 2024, https://arxiv.org/abs/2402.03300, equation 3 and section 4.1.2
     L   = mean_i mean_t [ −min(ρ A, clip(ρ, 1 − ε_low, 1 + ε_high) A) + β k3 ]
 
 It differs from PPO in the baseline and in the KL, which stands in the loss and is
-differentiated. Two clips instead of one are from DAPO (Yu et al. 2025,
-https://arxiv.org/abs/2503.14476). Relatives by configuration: Dr. GRPO (Liu et al. 2025,
-https://arxiv.org/abs/2503.20783) is ``scale="none"``, ``kl_coef=0`` and
-``aggregate="sequence_mean_token_sum_norm"`` with a constant.
+differentiated. Two clips instead of one are from DAPO. This is the general form of the family,
+with every value of `ops.surrogate.Surrogate`; `dr_grpo`, `dapo`, `gspo` and `cispo` are the papers'
+choices of them.
 """
 
-import jax
-import jax.numpy as jnp
-
-from rlhf_jax.algorithms.base import policy_metrics, sequence_rewards
-from rlhf_jax.ops import groups, surrogate
-from rlhf_jax.ops.divergence import check_estimator, kl_estimate
-from rlhf_jax.types import Algorithm, Needs, Targets, Term
-
-SCALES = ("std", "none")
+from rlhf_jax.algorithms.base import group_relative
+from rlhf_jax.ops.surrogate import Surrogate
+from rlhf_jax.types import Algorithm
 
 
 def grpo(
     *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
-    kl_coef: float = 0.001,
+    clip_low: float | int = 0.2,
+    clip_high: float | int = 0.28,
+    dual_clip: float | int | None = None,
+    kl_coef: float | int = 0.001,
     kl_estimator: str = "k3",
+    kl_place: str = "loss",
+    kl_weighted: bool = False,
+    entropy_coef: float | int = 0.0,
+    ratio: str = "token",
+    form: str = "clip",
     scale: str = "std",
+    credit: str = "sequence",
     aggregate: str = "sequence_mean_token_mean",
-    constant: float | None = None,
+    constant: float | int | None = None,
 ) -> Algorithm:
     """Group-relative policy optimisation.
 
     Args:
         clip_low: ε below 1 of the ratio.
         clip_high: ε above 1; larger than `clip_low` lets unlikely tokens rise.
-        kl_coef: β, weight of the KL term per nat; 0 leaves it out and needs no reference.
-        kl_estimator: "k1", "k2" or "k3"; note that k1's gradient is not that of the KL.
+        dual_clip: largest ratio that counts where the advantage is negative; None = off.
+        kl_coef: β, weight of the KL per nat; 0 leaves it out and needs no reference.
+        kl_estimator: "k1", "k2", "k3" or "k3+"; `ops.divergence` says what their gradients are.
+        kl_place: "loss", or "reward" to take the KL off the rewards.
+        kl_weighted: weighs the KL term by the ratio.
+        entropy_coef: weight of the entropy bonus, per nat; 0 leaves the term out.
+        ratio: "token", or "sequence" for the geometric mean over the tokens.
+        form: "clip", "cispo" or "reinforce"; see `ops.surrogate.Surrogate`.
         scale: "std" divides by the group's standard deviation, "none" does not.
+        credit: "sequence", or "steps" for process scores that train only what led to them.
         aggregate: one of `ops.surrogate.AGGREGATIONS`.
         constant: tokens; only for "sequence_mean_token_sum_norm".
 
@@ -50,44 +57,18 @@ def grpo(
         >>> algorithm.needs.reference, algorithm.needs.min_group
         (False, 2)
     """
-    check_estimator(kl_estimator)
-    surrogate.check_aggregation(aggregate, constant)
-    if scale not in SCALES:
-        raise ValueError(f"grpo: unknown scale {scale!r}; known: {', '.join(SCALES)}")
-
-    @jax.named_scope("grpo_targets")
-    def targets(experience, group_size, state):
-        mask = experience.rollouts.mask
-        rewards = sequence_rewards(experience.scores, mask)
-        if scale == "std":
-            advantages = groups.group_zscore(rewards, group_size)
-        else:
-            advantages = rewards - groups.group_mean(rewards, group_size)
-        advantages = jnp.where(mask, advantages[:, None], 0.0)
-        returns = jnp.where(mask, rewards[:, None], 0.0)
-        return Targets(advantages=advantages, returns=returns, mask=jnp.asarray(mask)), state
-
-    @jax.named_scope("grpo_loss")
-    def loss(output, experience, targets, group_size):
-        del group_size  # the comparison within groups is made; tokens are on their own now
-        experience, targets = jax.lax.stop_gradient((experience, targets))
-        mask = targets.mask
-        (logprobs,) = surrogate.filled(mask, output.logprobs)
-        old_logprobs, ref_logprobs, advantages = surrogate.filled(
-            mask, experience.logprobs, experience.ref_logprobs, targets.advantages
-        )
-        policy, clipped, ratio = surrogate.clipped_surrogate(
-            logprobs, old_logprobs, advantages, clip_low=clip_low, clip_high=clip_high
-        )
-
-        def mean(x):
-            return surrogate.aggregate(x, mask, aggregate, constant=constant)
-
-        terms = {"policy": Term(weight=1.0, mean=mean(policy))}
-        if kl_coef:
-            kl = kl_estimate(logprobs, ref_logprobs, kl_estimator)
-            terms["kl"] = Term(weight=kl_coef, mean=mean(kl))
-        return terms, policy_metrics(output, clipped, ratio, mask)
-
-    needs = Needs(reference=kl_coef != 0, min_group=2)
-    return Algorithm(init=lambda: (), targets=targets, loss=loss, needs=needs)
+    surrogate = Surrogate(
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        ratio=ratio,
+        form=form,
+        aggregate=aggregate,
+        constant=constant,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        kl_place=kl_place,
+        kl_weighted=kl_weighted,
+        entropy_coef=entropy_coef,
+    )
+    return group_relative(surrogate, scale=scale, credit=credit)

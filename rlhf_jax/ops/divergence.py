@@ -5,14 +5,20 @@ Schulman 2020, http://joschu.net/blog/kl-approx.html, with Δ = log π(y) − lo
     k1 = Δ                   unbiased, may be negative
     k2 = Δ² / 2              biased, never negative
     k3 = exp(−Δ) − 1 + Δ     unbiased, never negative
+    k3+                      the value of k3 with the gradient of k2
+
+Where an estimate is a term of the loss its gradient matters, not its value: that of k2, Δ ∇log π,
+is the KL's own gradient in expectation; that of k1 is 0 in expectation, and that of k3 is the
+gradient of the reverse KL(π_ref ‖ π). Only samples of π itself give these expectations.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
 from rlhf_jax.types import Array
 
-ESTIMATORS = ("k1", "k2", "k3")
+ESTIMATORS = ("k1", "k2", "k3", "k3+")
 _MAX_EXPONENT = 20.0  # exp(20) = 5e8: far outside any useful policy, far inside float32
 
 
@@ -31,10 +37,12 @@ def kl_estimate(
     delta = logprobs.astype(jnp.float32) - ref_logprobs.astype(jnp.float32)
     if estimator == "k1":
         return delta
+    k2 = 0.5 * jnp.square(delta)
     if estimator == "k2":
-        return 0.5 * jnp.square(delta)
+        return k2
     exponent = jnp.minimum(-delta, _MAX_EXPONENT)
-    return jnp.expm1(exponent) - exponent  # expm1 keeps the digits of small differences
+    k3 = jnp.expm1(exponent) - exponent  # expm1 keeps the digits of small differences
+    return k3 if estimator == "k3" else k2 + jax.lax.stop_gradient(k3 - k2)
 
 
 def check_estimator(estimator: str) -> None:

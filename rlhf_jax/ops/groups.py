@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Shaped
 
+from rlhf_jax.ops.masking import fill_padding, masked_mean
 from rlhf_jax.types import Array
 
 
@@ -72,6 +73,29 @@ def group_std(x: Float[Array, " B"], group_size: int) -> Float[Array, " B"]:
     spread = variance > 0
     std = jnp.where(spread, jnp.sqrt(jnp.where(spread, variance, 1.0)), 0.0)
     return jnp.reshape(jnp.broadcast_to(std, grouped.shape), x.shape)
+
+
+def masked_group_stats(
+    x: Float[Array, "B T"], mask: Bool[Array, "B T"], group_size: int
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """Mean and population standard deviation over all true entries of a group, at every entry.
+
+    Of entries that are all equal the mean is that very value and the deviation exactly 0; of no
+    entries both are 0.
+    """
+    if x.shape[0] % group_size:
+        raise ValueError(f"{x.shape[0]} rows are not whole groups of {group_size}")
+    shape = (x.shape[0] // group_size, group_size * x.shape[1])
+    entries = jnp.reshape(fill_padding(x, mask), shape).astype(jnp.float32)
+    inside = jnp.reshape(jnp.asarray(mask), shape)
+    # Around the largest: sums of differences that are 0 stay 0, as in `_mean`.
+    top = jnp.max(jnp.where(inside, entries, -jnp.inf), axis=1, keepdims=True)
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    mean = top + masked_mean(entries - top, inside, axis=1)[:, None]
+    variance = masked_mean(jnp.square(entries - mean), inside, axis=1)[:, None]
+    varies = variance > 0
+    std = jnp.where(varies, jnp.sqrt(jnp.where(varies, variance, 1.0)), 0.0)
+    return tuple(jnp.reshape(jnp.broadcast_to(s, shape), x.shape) for s in (mean, std))
 
 
 def group_zscore(

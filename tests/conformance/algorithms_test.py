@@ -267,7 +267,8 @@ def test_fractions_of_scores_are_kept(algorithm):
     found, _, gradient = run(algorithm, experience, output)
     other, _, flat_gradient = run(algorithm, flat, output)
     assert not np.allclose(found.returns, other.returns, atol=0.1)
-    assert not np.allclose(gradient.logprobs, flat_gradient.logprobs, atol=1e-4)
+    largest = np.abs(gradient.logprobs).max()  # constants in the loss scale all of them
+    assert not np.allclose(gradient.logprobs, flat_gradient.logprobs, rtol=0, atol=0.01 * largest)
 
 
 def test_needs_are_what_targets_and_loss_read(algorithm):

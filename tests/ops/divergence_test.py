@@ -19,6 +19,7 @@ def test_by_loop():
         "k2": [d * d / 2 for d in delta],
         "k3": [math.exp(-d) - 1 + d for d in delta],
     }
+    wanted["k3+"] = wanted["k3"]
     for name in ESTIMATORS:
         np.testing.assert_allclose(
             kl_estimate(logprobs, ref, name), wanted[name], rtol=1e-5, atol=2e-10
@@ -40,6 +41,15 @@ def test_equal_policies_have_none_and_extremes_are_finite(name):
     far = jnp.array([-1000.0, 0.0]), jnp.array([0.0, -1000.0])
     value, gradient = jax.value_and_grad(lambda a: kl_estimate(a, far[1], name).sum())(far[0])
     assert np.isfinite(value) and np.all(np.isfinite(gradient))
+
+
+def test_the_straight_through_estimator_has_the_gradient_of_k2():
+    """Δ ∇log π, where that of k3 is (1 − exp(−Δ)) ∇log π."""
+    logprobs, ref = jnp.array([-1.0, -2.0]), jnp.array([-1.5, -0.5])
+    gradient = jax.grad(lambda x: kl_estimate(x, ref, "k3+").sum())(logprobs)
+    np.testing.assert_allclose(gradient, [0.5, -1.5], rtol=1e-6)
+    plain = jax.grad(lambda x: kl_estimate(x, ref, "k3").sum())(logprobs)
+    np.testing.assert_allclose(plain, [1 - math.exp(-0.5), 1 - math.exp(1.5)], rtol=1e-5)
 
 
 def test_k3_keeps_small_differences():

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.ops import groups, masking
 from rlhf_jax.ops.returns import reward_to_go
-from rlhf_jax.ops.surrogate import aggregate, clipped_surrogate
+from rlhf_jax.ops.surrogate import Surrogate, aggregate, policy_loss
 from rlhf_jax.types import Algorithm, Needs, Targets, Term
 
 
@@ -17,12 +17,12 @@ def prime(*, clip: float = 0.2) -> Algorithm:
         return Targets(advantages=advantages, returns=advantages, mask=mask), state
 
     def loss(output, experience, targets, group_size):
-        policy, clipped, _ = clipped_surrogate(
+        policy, clipped, _ = policy_loss(
             output.logprobs,
             experience.logprobs,
             targets.advantages,
-            clip_low=clip,
-            clip_high=clip,
+            targets.mask,
+            Surrogate(clip_low=clip, clip_high=clip),
         )
         mean = aggregate(policy, targets.mask, "token_mean")
         clipped = masking.mean_of(clipped, targets.mask)

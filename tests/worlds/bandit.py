@@ -31,12 +31,12 @@ PER_STEP, STEPS, RATE = 32, 80, 0.6
 class Policy(NamedTuple):
     """``logits(world, params, record [N])`` [N T V]; ``values`` alike [N T], None without critic.
 
-    `end` is the answer that ends a completion; None: all of them have T.
+    `ends` are the answers that end a completion; without any, all of them have T.
     """
 
     logits: Callable[[Any, Any, jax.Array], jax.Array]
     values: Callable[[Any, Any, jax.Array], jax.Array] | None = None
-    end: int | None = None
+    ends: tuple[int, ...] = ()
 
 
 class Plan(NamedTuple):
@@ -62,7 +62,7 @@ def sample(policy: Policy, world, params, record, key, plan: Plan, step=0) -> Ro
     passed = chance > repeat_groups(upto[..., :-1], plan.samples)
     tokens = jnp.sum(passed, axis=-1, dtype=jnp.int32)
     there = jnp.ones(tokens.shape, bool)
-    mask = there if policy.end is None else _through_first(tokens == policy.end)
+    mask = _through_first(jnp.isin(tokens, jnp.array(policy.ends, jnp.int32)))
     logprobs = evaluate(policy, world, params, record, tokens).logprobs
     column = jnp.zeros((len(record), 1), jnp.int32)
     zeros = jnp.zeros(len(record), jnp.int32)

@@ -13,6 +13,7 @@ Rules: at a tail of 600 without a clip, shrinking to 0.1 gains 1.0 more than not
 clip, gains lie within 0.2 of each other however much is shrunk.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -44,10 +45,54 @@ def breaking(reward):
 
     def score(state, rollouts):
         scores, inner = reward.score(state["inner"], rollouts)
-        key = jax.random.fold_in(inner["key"], 1)
-        broken = jax.random.bernoulli(key, BROKEN, scores.outcome.shape)
-        loss = state["tail"] * jax.random.exponential(key, scores.outcome.shape)
+        which, how_much = jax.random.split(jax.random.fold_in(inner["key"], 1))
+        broken = jax.random.bernoulli(which, BROKEN, scores.outcome.shape)
+        loss = state["tail"] * jax.random.exponential(how_much, scores.outcome.shape)
         outcome = scores.outcome - jnp.where(broken, loss, 0.0)
-        return scores.replace(outcome=outcome), {**state, "inner": inner}
+        return dataclasses.replace(scores, outcome=outcome), {**state, "inner": inner}
 
     return reward._replace(score=score)
+
+
+@functools.cache
+def program(limit, negative):
+    """(worlds, keys, tail) -> gains [seeds]."""
+    shaped = normalise(breaking(table_reward()))
+    shaped = shaped if limit is None else clip(shaped, limit)
+    shaped = shaped if negative == 1 else shrink(shaped, negative)
+    algorithm = grpo(kl_coef=0.0, clip_low=0.2, clip_high=0.2, scale="none")
+    run = trainer(LINEAR, algorithm, shaped, Plan())
+    reference = Plan(per_step=512)
+
+    def one(world, key, tail):
+        to_score, to_sample, to_run = jax.random.split(key, 3)
+        table = table_state(world.table(world.proxy(RHO)), to_score, NOISE)
+        sound = {"inner": table, "tail": jnp.zeros(())}
+        state = {**shaped.init(), "inner": sound}
+        prompts = jnp.arange(reference.per_step)
+        start = start_at()
+        state = shaped.calibrate(state, sample(LINEAR, world, start, prompts, to_sample, reference))
+        state["inner"]["tail"] = tail
+        trained = run(world, start, state, {"policy": RATE, "value": 0.0}, to_run)
+        return world.gain(trained.params["policy"])
+
+    return jax.jit(jax.vmap(one, (0, 0, None)))
+
+
+@functools.cache
+def worlds():
+    return linear_worlds(SEEDS)
+
+
+def gain(tail, limit, negative):
+    return float(np.mean(program(limit, negative)(worlds(), keys(SEEDS), float(tail))))
+
+
+def test_shrinking_keeps_learning_alive_where_nothing_is_clipped():
+    plain, shrunk = (gain(600, None, negative) for negative in (1.0, 0.1))
+    assert shrunk > plain + 1.0, (plain, shrunk)
+
+
+def test_where_scores_are_clipped_shrinking_matters_little():
+    found = [gain(600, LIMIT, negative) for negative in SHRUNK]
+    assert max(found) - min(found) < 0.2, found

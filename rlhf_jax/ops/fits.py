@@ -41,7 +41,7 @@ def best_of_n_kl(n: Shaped[Array, "*M"] | int) -> Float[np.ndarray, "*M"]:
     count = np.asarray(n, np.float64)
     if (count < 1).any():
         raise ValueError(f"best of n={count.min():g} samples; wanted 1 or more")
-    return np.log(count) - (count - 1) / count
+    return np.asarray(np.log(count) - (count - 1) / count)
 
 
 def overoptimisation(

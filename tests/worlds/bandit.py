@@ -67,9 +67,7 @@ def sample(policy: Policy, world, params, record, key, plan: Plan, step=0) -> Ro
     column = jnp.zeros((len(record), 1), jnp.int32)
     zeros = jnp.zeros(len(record), jnp.int32)
     return Rollouts(
-        prompts=Prompts(
-            tokens=column, mask=column == 0, record=record, source=zeros, draw=zeros
-        ),
+        prompts=Prompts(tokens=column, mask=column == 0, record=record, source=zeros, draw=zeros),
         tokens=tokens,
         mask=mask,
         step_ends=there,

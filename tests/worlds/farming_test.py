@@ -7,11 +7,16 @@ table of 12 x 3 logits, takes two steps on average and is right in half of what 
 GRPO trains it on the sum of the shipped process reward and the verifier's for 150 steps of 16
 prompts with 8 samples. Measured, means over 8 seeds:
 
-{table}
+                     steps          right answers
+    start             2.00               0.50
+    delta             1.00               1.00
+    prob_per_step     1.00               1.00
+    prob             11.57               0.87
+    centred          10.11               0.83
+    logit            11.53               0.80
 
 Rules: with "delta", the default, as with the mean over steps, solutions grow no longer and answers
-right; with the sum of probabilities they grow to five times as many steps: the hazard that
-docs/reference.md names.
+right; with the sum of probabilities they grow to five times as many steps.
 """
 
 import functools
@@ -22,7 +27,6 @@ import numpy as np
 import pytest
 
 from rlhf_jax.algorithms.grpo import grpo
-from rlhf_jax.models.heads import kernel_scale
 from rlhf_jax.rewards.base import combine, device_reward
 from rlhf_jax.rewards.process_model import process_model
 from tests.worlds.bandit import Plan, Policy, keys, sample, trainer

@@ -8,7 +8,11 @@ and for the best third of the answers to new prompts (AUC), chooses the best of 
 shipped GRPO trains for (80 steps, K 8). Pearson's correlation of metric and gain over the twelve,
 the least and the greatest of 8 seeds:
 
-{table}
+                  best of 16           GRPO
+    accuracy    0.953 to 0.985    0.956 to 0.988
+    AUC         0.985 to 0.998    0.994 to 0.999
+
+The lowest end of an interval is 0.924.
 
 Rule: each is at least 0.9 in every seed, and the 95 % interval of a bootstrap over the models
 excludes 0. Real reward models differ in bias, not only in noise and in what they see: there the

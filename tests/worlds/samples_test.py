@@ -10,7 +10,7 @@ gold, which all columns share):
                   2.53    2.88    2.99    3.03    3.05
     rho            0.5    0.65     0.8     0.9    0.97      (K 8)
      policy       1.90    2.45    2.99    3.33    3.57
-     best of 16   {bon}
+     best of 16   1.63    2.11    2.59    2.89    3.10
     start            0    0.25     0.5       1       2      (K 8, rho 0.8; times the gold's weights)
                   2.99    2.11    1.28    0.24   -0.08
 

@@ -14,9 +14,9 @@ those of an earlier quickstart with the same settings):
     greedy               0.404 (0.383 to 0.426)   0.940 (0.929 to 0.950), +0.536 (0.514 to 0.558)
 
 at 1.26 nats from the fine-tuned model, with held-out pairs in the right order in 0.963; DPO and
-evaluation took 75 CPU seconds. The two answers of a pair differ in few tokens here, so a policy that
-may go far lowers the likelihood of both: with beta=0.1, nll=0 and 200 steps pairs are in order as
-often (0.945) while exact answers fall to 0.102 (0.089 to 0.116), 23 nats away. Which of the two
+evaluation took 75 CPU seconds. The two answers of a pair differ in few tokens here, so a policy
+that may go far lowers the likelihood of both: with beta=0.1, nll=0 and 200 steps pairs are in order
+as often (0.945) while exact answers fall to 0.102 (0.089 to 0.116), 23 nats away. Which of the two
 mends it was not tried. Watch ``logprob_chosen``, not accuracy alone.
 
 ``loss`` (sigmoid, sigmoid_norm, hinge, ipo), ``beta``, ``nll``, ``rate`` and ``steps`` are

@@ -6,8 +6,22 @@ The stages of `configs/quickstart.py` up to its labels, then DPO on the pairs of
 answer to one problem, and the evaluation on problems that were in no training data. Pairs of a
 fifth of the problems are held out: ``eval/held_out/...`` in the metrics of the stage.
 
-``beta``, ``loss`` (sigmoid, sigmoid_norm, hinge, ipo) and ``steps`` are arguments, as in
-``configs/dpo.py:loss=ipo,beta=0.5``. With ``small`` problems are easy and every stage is short.
+Measured on the 2,000 test problems with 95 % intervals (seed 0; fine-tuned model and labels are
+those of an earlier quickstart with the same settings):
+
+    exact answers        fine-tuned               after DPO
+    sampling             0.391 (0.370 to 0.413)   0.865 (0.849 to 0.879), +0.473 (0.450 to 0.497)
+    greedy               0.404 (0.383 to 0.426)   0.940 (0.929 to 0.950), +0.536 (0.514 to 0.558)
+
+at 1.26 nats from the fine-tuned model, with held-out pairs in the right order in 0.963; DPO and
+evaluation took 75 CPU seconds. The two answers of a pair differ in few tokens here, so a policy
+that may go far lowers the likelihood of both: with beta=0.1, nll=0 and 200 steps pairs are in order
+as often (0.945) while exact answers fall to 0.102 (0.089 to 0.116), 23 nats away. Which of the two
+mends it was not tried. Watch ``logprob_chosen``, not accuracy alone.
+
+``loss`` (sigmoid, sigmoid_norm, hinge, ipo), ``beta``, ``nll``, ``rate`` and ``steps`` are
+arguments, as in ``configs/dpo.py:beta=0.5``. With ``small`` problems are easy and every stage is
+short.
 """
 
 from ml_collections import ConfigDict

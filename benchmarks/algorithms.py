@@ -3,8 +3,8 @@
     python -m benchmarks.algorithms --workdir=runs/algorithms
 
 For each seed: the quickstart's fine-tuned model and its two learned rewards; from there every
-method for as many iterations of as many samples, and one evaluation of all of them on problems
-that nothing was trained on. Every run is a process of its own. A run that is done is not run
+method for as many iterations of as many samples, offline DPO on the pairs that the outcome reward
+learnt from, and one evaluation of all of them on problems that nothing was trained on. Every run is a process of its own. A run that is done is not run
 again and one that was stopped goes on, so the command can be repeated; it ends by writing the page
 and its figure from what the runs have left. ``--small`` shortens every run.
 """
@@ -19,10 +19,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from benchmarks import algorithms_page
+from configs import dpo
 from configs.quickstart import get_config
 from rlhf_jax.evaluate import evaluate
 from rlhf_jax.pipeline import pipeline
 from rlhf_jax.program import set_up_logging
+from rlhf_jax.train_dpo import train_dpo
 from rlhf_jax.train_policy import train_policy
 
 ITERATIONS = 20  # of 64 prompts x 4 samples
@@ -46,6 +48,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
 }
 # Where PPO's learning rate goes too far: imitation collapses, and pairs pull without end.
 RATES: Mapping[str, float] = {"best_of_n": 1e-4, "online_dpo": 1e-4}
+OFFLINE = "dpo"
 
 
 def base_config(seed: int, small: bool) -> ConfigDict:
@@ -72,6 +75,18 @@ def method_config(method: str, seed: int, base: pathlib.Path, small: bool) -> Co
     return config
 
 
+def offline_config(seed: int, base: pathlib.Path, small: bool) -> ConfigDict:
+    """Offline DPO as `configs/dpo.py` has it, on the labels of the base."""
+    config = dpo.get_config("small" if small else None)
+    config.seed = seed
+    config = config.copy_and_resolve_references().stages.dpo.config
+    config.model.init_from = str(base / START)
+    for sources in (config.sources, config.eval.sources):
+        for source in sources.values():
+            source.name = source.name.replace("{workdir}", str(base))
+    return config
+
+
 def evaluation_config(
     methods: Sequence[str], seed: int, base: pathlib.Path, small: bool
 ) -> ConfigDict:
@@ -93,6 +108,8 @@ def run_one(what: str, seed: int, methods: Sequence[str], workdir: pathlib.Path,
         pipeline(base_config(seed, small), folder)
     elif what == "evaluation":
         evaluate(evaluation_config(methods, seed, base, small), folder)
+    elif what == OFFLINE:
+        train_dpo(offline_config(seed, base, small), folder)
     else:
         train_policy(method_config(what, seed, base, small), folder)
 
@@ -101,7 +118,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/algorithms"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    known = [*METHODS, OFFLINE]
+    parser.add_argument("--methods", nargs="+", choices=known, default=known)
     parser.add_argument("--page", type=pathlib.Path, default="docs/results/algorithms.md")
     parser.add_argument("--one", help="only this run of the first seed, no page")
     parser.add_argument("--page-only", action="store_true", help="write the page of what is done")

@@ -50,6 +50,13 @@ def accuracy_rows(
     return rows
 
 
+def mean_of(rows: Sequence[Numbers], column: str) -> str:
+    """A metric's mean; a dash where a method draws no samples."""
+    if not all(column in row for row in rows):
+        return "–"
+    return f"{statistics.fmean(row[column] for row in rows):.2f}"
+
+
 def course_rows(
     workdir: pathlib.Path, seeds: Sequence[int], evaluations: Sequence[Numbers], methods
 ) -> list[list[str]]:
@@ -62,7 +69,7 @@ def course_rows(
             [
                 method,
                 f"{statistics.fmean(n[f'{method}/kl'] for n in evaluations):.2f}",
-                *(f"{statistics.fmean(row[c] for row in ends):.2f}" for c in list(CURVES)[1::2]),
+                *(mean_of(ends, column) for column in ("objective/score", "rollout/length")),
                 f"{max(run['seconds'] for run in runs):.0f}",
                 f"{max(run['peak_memory_bytes'] for run in runs) / 2**30:.2f}",
             ]
@@ -92,6 +99,8 @@ def draw(path: pathlib.Path, courses: Mapping[str, Sequence[Sequence[Numbers]]],
     figure = Figure(figsize=(14, 9), layout="constrained")
     for axes, (column, title) in zip(figure.subplots(2, 2).flat, CURVES.items(), strict=True):
         for i, (method, lines) in enumerate(courses.items()):
+            if column not in lines[0][0]:
+                continue
             found = [
                 [row[column] for row in rows]
                 for rows in zip(*lines, strict=True)
@@ -99,9 +108,8 @@ def draw(path: pathlib.Path, courses: Mapping[str, Sequence[Sequence[Numbers]]],
             ]
             means = [statistics.fmean(values) for values in found]
             drawn = [samples * (step + 1) for step in range(len(means))]
-            axes.plot(
-                drawn, means, label=method, linestyle=("-", "--")[i // 10], color=f"C{i % 10}"
-            )
+            style = ("-", "--")[i // 10]
+            axes.plot(drawn, means, label=method, linestyle=style, color=f"C{i % 10}")
         axes.set_title(title)
         axes.set_xlabel("samples drawn")
         axes.grid(alpha=0.3)
@@ -114,9 +122,11 @@ def settings_rows(workdir: pathlib.Path, seed: int, methods: Sequence[str]) -> l
     rows = []
     for method in methods:
         config = read(workdir / f"{method}_{seed}" / "config.json")
-        values = {k: v for k, v in config["algorithm"].items() if k != "name"}
-        said = ", ".join(f"{k}={v:.3g}" for k, v in values.items()) or "the paper's"
-        rows.append([method, said, f"{config['optimizer']['policy']['learning_rate']:.0e}"])
+        online = "algorithm" in config
+        values = {k: v for k, v in config["algorithm" if online else "dpo"].items() if k != "name"}
+        said = ", ".join(f"{k}={v:.3g}" if k != "loss" else v for k, v in values.items())
+        optimizer = config["optimizer"]["policy"] if online else config["optimizer"]
+        rows.append([method, said or "the paper's", f"{optimizer['learning_rate']:.0e}"])
     return rows
 
 
@@ -140,7 +150,8 @@ seed all methods start from one fine-tuned model (the quickstart's) and are paid
 rewards, outcome and process: {steps} iterations of {prompts} prompts x {samples} samples,
 {steps * prompts * samples:,} completions in all. Exact answers, the gold, train nothing. Nothing
 was tuned per seed; how far a method goes in so few steps depends on its learning rate and its β, so
-this ranks no papers. DAPO draws no group again here: that would be more samples.
+this ranks no papers. DAPO draws no group again here: that would be more samples. Offline DPO (`dpo`)
+draws none and reads no reward model: its pairs are those that the outcome reward learnt from.
 
 ## Settings
 

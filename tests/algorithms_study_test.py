@@ -5,7 +5,13 @@ import json
 import pytest
 
 from benchmarks import algorithms_page
-from benchmarks.algorithms import METHODS, base_config, evaluation_config, method_config
+from benchmarks.algorithms import (
+    METHODS,
+    base_config,
+    evaluation_config,
+    method_config,
+    offline_config,
+)
 from rlhf_jax import build, sections
 from rlhf_jax.find import members
 
@@ -28,6 +34,9 @@ def test_a_run_has_known_keys_and_its_seed(method, tmp_path):
 
 def test_base_and_evaluation_have_known_keys(tmp_path):
     sections.check("pipeline", base_config(3, small=False))
+    offline = offline_config(3, tmp_path / "base_3", small=False)
+    sections.check("train_dpo", offline)
+    assert offline.seed == 3 and str(tmp_path / "base_3" / "labels") in offline.sources.pairs.name
     config = evaluation_config(["ppo", "grpo"], 3, tmp_path / "base_3", small=False)
     sections.check("evaluate", config)
     assert config.policies.grpo.init_from == str(tmp_path / "grpo_3")

@@ -92,7 +92,7 @@ def _facts(
     ]
     for label in (watch.proxy, watch.held_out):
         if label:
-            said.append(f"- `{label}` on held-out data: {_trained(rewards[label])}")
+            said.append(f"- `{label}` on held-out data, accuracy: {_trained(rewards[label])}")
     return said
 
 
@@ -108,7 +108,7 @@ def _trained(section: ConfigDict) -> str:
     if not folder or not path.is_file():
         return "unknown, as it does not start from the folder of a run that ended"
     found = {
-        name.removeprefix("eval/"): number
+        name.removeprefix("eval/").removesuffix("/accuracy"): number
         for name, number in run_folder.results(run_folder.read_json(path)).items()
         if name.startswith("eval/") and name.endswith("/accuracy") and number is not None
     }

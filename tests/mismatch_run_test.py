@@ -165,7 +165,7 @@ def test_the_report_says_what_happened(folders):
     first = next(row["step"] for row in rows if row["monitor/alarm/kl"])
     assert f"| kl | KL > 2.0 nats per completion | step {first}, last at" in text
     assert "policy reward -> gold | 4 |" in text
-    assert "`likes` on held-out data: unknown" in text
+    assert "`likes` on held-out data, accuracy: unknown" in text
     assert text.count("\n| 7 |") == 1
 
 
@@ -261,7 +261,7 @@ def test_a_page_says_what_it_cannot_know(tmp_path):
     start = {name: np.full(4, np.nan, np.float32) for name in Course._fields}
     start |= {name: np.arange(4, dtype=np.float32) for name in ("proxy", "length", "refusals")}
     text = page(watch, config.rewards, [], start)
-    assert "`a` on held-out data: pairs 0.812" in text
+    assert "`a` on held-out data, accuracy: pairs 0.812" in text
     assert "No evaluation yet: the first one is after 2 steps." in text
     assert text.count("cannot be computed: no gold") == 3
     assert "| divergence | off: no held-out reward model | never |" in text

@@ -4,9 +4,10 @@
 
 For each seed: the quickstart's fine-tuned model and its two learned rewards; from there every
 method for as many iterations of as many samples, offline DPO on the pairs that the outcome reward
-learnt from, and one evaluation of all of them on problems that nothing was trained on. Every run is a process of its own. A run that is done is not run
-again and one that was stopped goes on, so the command can be repeated; it ends by writing the page
-and its figure from what the runs have left. ``--small`` shortens every run.
+learnt from, and one evaluation of all of them on problems that nothing was trained on. Every run is
+a process of its own. A run that is done is not run again and one that was stopped goes on, so the
+command can be repeated; it ends by writing the page and its figure from what the runs have left.
+``--small`` shortens every run.
 """
 
 import argparse

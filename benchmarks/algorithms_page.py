@@ -150,8 +150,8 @@ seed all methods start from one fine-tuned model (the quickstart's) and are paid
 rewards, outcome and process: {steps} iterations of {prompts} prompts x {samples} samples,
 {steps * prompts * samples:,} completions in all. Exact answers, the gold, train nothing. Nothing
 was tuned per seed; how far a method goes in so few steps depends on its learning rate and its β, so
-this ranks no papers. DAPO draws no group again here: that would be more samples. Offline DPO (`dpo`)
-draws none and reads no reward model: its pairs are those that the outcome reward learnt from.
+this ranks no papers. DAPO draws no group again here: that would be more samples. Offline DPO
+(`dpo`) draws none and reads no reward model: its pairs are what the outcome reward learnt from.
 
 ## Settings
 

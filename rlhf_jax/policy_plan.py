@@ -14,6 +14,7 @@ from rlhf_jax import averages, build, roles
 from rlhf_jax.data.examples import ExampleSource
 from rlhf_jax.data.prompts import PromptSource
 from rlhf_jax.mesh import ShardingRules
+from rlhf_jax.mismatch_plan import Watch, make_watch
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.passes import check_positions
 from rlhf_jax.models.transformer import decoder
@@ -46,6 +47,7 @@ class PolicyPlan(NamedTuple):
     algorithm: Algorithm
     optimizers: Mapping[str, Any]
     writers: Mapping[str, Writer]
+    watch: Watch | None
 
 
 def make_plan(
@@ -71,6 +73,7 @@ def make_plan(
     own = own_tokenizers(config, text)
     described = describe_models(config, text.vocab_size, algorithm, own)
     check_lengths(config, described)
+    watch = make_watch(config, algorithm.needs)
     made = {role: decoder(model, rules) for role, model in described.items()}
     if starts:
         check_starts(config, described)
@@ -106,6 +109,7 @@ def make_plan(
         algorithm=algorithm,
         optimizers=made_optimizers,
         writers=writers(config, own, {k: described[f"reward/{k}"].vocab_size for k in own}),
+        watch=watch,
     )
 
 

@@ -22,6 +22,7 @@ from rlhf_jax.training.writer import Writer
 from rlhf_jax.types import Metrics, Rollouts, RunState, Scores
 
 _log = logging.getLogger(__name__)
+_NONE: Mapping[str, float] = {}
 
 
 class RunLog:
@@ -38,7 +39,7 @@ class RunLog:
             folder, keep=config.checkpoint.keep, every=config.checkpoint.every
         )
         self._writer: Writer | None = None  # opened by `restore`, which knows where to go on
-        self._pending: tuple[int, Metrics] | None = None
+        self._pending: tuple[int, Metrics, Mapping[str, float]] | None = None
         self._written = time.perf_counter()
         self._saved = 0
         self._first = 0
@@ -75,20 +76,25 @@ class RunLog:
         """The steps from ``first`` to the last; what they compile once warm is counted."""
         return self._compiles.loop(range(first, self._config.train.steps))
 
-    def metrics(self, step: int, metrics: Metrics) -> None:
-        """Takes the metrics of ``step`` and writes those of the step before."""
+    def metrics(self, step: int, metrics: Metrics, seen: Mapping[str, float] = _NONE) -> None:
+        """Takes the metrics of ``step`` and writes those of the step before.
+
+        Args:
+            seen: numbers of the host; a step that has some is written, whatever ``log.every`` says.
+        """
         self._write_pending()
-        self._pending = (step, metrics)
+        self._pending = (step, metrics, seen)
 
     def _write_pending(self) -> None:
         if self._pending is None:
             return
-        step, metrics = self._pending
+        step, metrics, seen = self._pending
         self._pending = None
         numbers = {name: float(value(mean)) for name, mean in fetch_host(metrics).items()}
+        numbers |= seen
         self.last = numbers
         now, steps = time.perf_counter(), self._config.train.steps
-        if step % self._config.log.every == 0 or step + 1 == steps:
+        if step % self._config.log.every == 0 or step + 1 == steps or seen:
             self._writer.scalars(step, numbers | {"time/step": now - self._written})
             shown = self._config.log.get("show", ())
             self._writer.progress(step + 1, steps, {n: numbers[n] for n in shown if n in numbers})
@@ -115,14 +121,15 @@ class RunLog:
         """Writes sampled texts with their scores."""
         self._writer.samples(step, rows)
 
-    def checkpoint(self, step: int, state: RunState, *, force: bool = False) -> None:
-        """Saves ``state`` after ``step`` steps, if one is due."""
+    def checkpoint(self, step: int, state: RunState, *, force: bool = False) -> bool:
+        """Saves ``state`` after ``step`` steps, if one is due; returns whether it was."""
         if not force and step % self._config.checkpoint.every:
-            return
+            return False
         self._write_pending()  # a resumed run continues the log where this state ends
         with self._compiles.pause():
             if checkpoint.save(self._manager, step, state, self._text, force=True):
                 self._saved = step
+        return True
 
     def settle(self, steps: int, state: RunState) -> dict[str, float | None]:
         """Writes the last checkpoint and waits for it; returns the last numbers."""

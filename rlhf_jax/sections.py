@@ -192,6 +192,31 @@ class Optimizers(TypedDict):
     value: NotRequired[Mapping[str, Any]]
 
 
+class Alarms(TypedDict):
+    """When a watched run raises an alarm; see `rlhf_jax.ops.mismatch.Thresholds`."""
+
+    divergence: NotRequired[float]  # of the two reward models, relative to the gain
+    in_a_row: NotRequired[Count]  # evaluations
+    window: NotRequired[Count]  # evaluations
+    kl_max: NotRequired[float]  # nats per completion
+    kl_target: NotRequired[float]
+    length: NotRequired[float]  # times that of the start
+    refusals: NotRequired[float]  # times those of the start
+
+
+class Monitor(TypedDict):
+    """Signs that the reward and what it stands for part; see `rlhf_jax.mismatch_watch`."""
+
+    proxy: str  # label of the reward that trains
+    held_out: NotRequired[str]  # label, weight 0: its twin from the other half of the data
+    gold: NotRequired[str]  # label, weight 0: what both stand for
+    every: Count  # steps of an evaluation
+    start: NotRequired[Count]  # batches of the initial policy that the start is measured on
+    freeze: NotRequired[bool]  # the learning rate, at an alarm
+    refusals: NotRequired[tuple[str, ...]]  # texts of which a refusal holds one
+    alarms: NotRequired[Alarms]
+
+
 class TrainPolicy(Training):
     """`rlhf_jax.train_policy`."""
 
@@ -203,6 +228,7 @@ class TrainPolicy(Training):
     algorithm: Mapping[str, Any]
     optimizer: Optimizers
     updates: PolicyUpdates
+    monitor: NotRequired[Monitor]
     log: PolicyLog
 
 

@@ -7,14 +7,16 @@ Four compiled steps an iteration: generate, score, evaluate, update. Host verifi
 started again repeats, bit for bit, what it would have done.
 """
 
+import functools
 import time
 from typing import NamedTuple
 
 import jax
 from ml_collections import ConfigDict
 
-from rlhf_jax import base_files, policy_run, program, run_folder
+from rlhf_jax import base_files, mismatch_page, policy_run, program, run_folder
 from rlhf_jax.k_axis import axis_metrics
+from rlhf_jax.mismatch_watch import attach, measure_start, watch_step
 from rlhf_jax.ops.metrics import add
 from rlhf_jax.policy_plan import make_plan
 from rlhf_jax.policy_run import PolicyRun
@@ -65,6 +67,13 @@ def join_scores(device: Scores | None, host: Scores | None) -> Scores:
     if device is None or host is None:
         return host if device is None else device
     return add_scores(device, host)
+
+
+def score_all(run: PolicyRun, state: RunState, rollouts: Rollouts) -> Scores:
+    """What all rewards say by the states that they have; nothing of it is kept."""
+    device, _ = score_device(run, state.rewards, state.reference, rollouts)
+    host, _ = score_host(run, state.rewards, state.reference, rollouts)
+    return join_scores(device, host)
 
 
 def collect(
@@ -142,15 +151,20 @@ def train_policy(config: ConfigDict, workdir: str) -> RunState:
     base_files.keep(folder, config)
     with jax.set_mesh(plan.mesh), RunLog(folder, config) as log:
         run, state = policy_run.start(plan)
-        state, first = log.restore(state)
+        state, first = log.restore(attach(run, state))
+        if first == 0:
+            state = measure_start(run, state, functools.partial(score_all, run, state))
         for step in log.steps(first):
             state, iteration = iterate(run, state, step)
-            log.metrics(step, iteration.metrics)
+            state, seen = watch_step(run, state, step, *iteration)
+            log.metrics(step, iteration.metrics, seen)
             if step % config.log.samples_every == 0:
                 samples = policy_samples(plan, iteration.rollouts, iteration.scores)
                 log.samples(step, samples)
-            log.checkpoint(step + 1, state)
+            if log.checkpoint(step + 1, state):
+                mismatch_page.write(folder, plan, state)
         log.finish(config.train.steps, state, started)
+        mismatch_page.write(folder, plan, state)
     return state
 
 

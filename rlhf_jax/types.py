@@ -229,6 +229,7 @@ class TrainState:
     opt_state: dict[str, Any]
     algorithm: Any
     skipped: Int[Array, ""]  # non-finite updates skipped in a row
+    lr_scale: Float[Array, ""]  # of the optimizers' updates; 1 as they are, 0 freezes
 
 
 @pytree

@@ -172,6 +172,19 @@ CASES = [
     ("train_policy", {"data.name": "gsm8k"}, "data: data set 'gsm8k' is neither 'arithmetic'"),
     ("train_policy", {"data.tokenizer": "bites"}, "data.tokenizer: tokenizer 'bites' is neither"),
     ("train_sft", {"sources.demonstrations.kind": "text"}, r"kind='text'; .* takes texts"),
+    # a watch that cannot work
+    ("train_policy", {"monitor": dict(proxy="exact")}, "monitor.every is missing"),
+    ("train_policy", {"monitor": dict(proxy="exat", every=1)}, "monitor.proxy='exat'; wanted one"),
+    (
+        "train_policy",
+        {"monitor": dict(proxy="outcome", held_out="process", every=1)},
+        r"monitor.held_out='process' has weight 1.0, .* set rewards.process.weight=0.0",
+    ),
+    (
+        "train_policy",
+        {"monitor": dict(proxy="outcome", every=1, alarms=dict(kl=9.0))},
+        r"monitor.alarms.kl: no such key.*known: .*kl_max",
+    ),
     # a group, a batch
     ("train_policy", {"rollout.samples": 1, "algorithm": dict(name="grpo")}, "grpo needs groups"),
     ("train_policy", {"rollout.prompts": 6}, r"holds 3 prompts .* 4 batch shards .* set rollout"),

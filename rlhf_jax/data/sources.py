@@ -5,6 +5,7 @@ A source is random access: a length and records by index, each a plain dict of P
 
 import dataclasses
 import gzip
+import hashlib
 import json
 import os
 import pathlib
@@ -22,6 +23,7 @@ from rlhf_jax.text.template import split_dialogue
 
 Record = dict[str, Any]
 FORMATS = ("plain", "dialogue")
+HALVES = ("a", "b")
 
 
 @runtime_checkable
@@ -122,6 +124,48 @@ class MappedSource:
         return place(self._records, index)
 
 
+class HalfSource:
+    """One of two halves of the records, which have no prompt in common.
+
+    A record's half is a bit of the SHA-256 of its field `by`, so it depends on neither order nor
+    number of the records, and those of one prompt stay together: two reward models, one for each
+    half, have seen samples of one distribution, and neither a prompt of the other.
+
+    Args:
+        records: the source; all records are read.
+        half: "a" or "b".
+        by: the field that decides, text or messages.
+    """
+
+    def __init__(self, records: RecordSource, *, half: str, by: str = "prompt"):
+        if half not in HALVES:
+            raise ValueError(f"options.half={half!r} is not one of {', '.join(HALVES)}")
+        self._records = records
+        self._kept = [i for i in range(len(records)) if self._half(i, by) == half]
+        if not self._kept:
+            raise ValueError(f"options.half={half!r} holds none of the {len(records)} records")
+
+    def _half(self, index: int, by: str) -> str:
+        record = self._records[index]
+        if by not in record:
+            raise ValueError(
+                f"{place(self._records, index)}: no field {by}, by which records are halved "
+                f"(options.half_by); the record has {', '.join(record)}"
+            )
+        text = json.dumps(record[by], sort_keys=True)
+        return HALVES[hashlib.sha256(text.encode()).digest()[0] & 1]
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: int, /) -> Record:
+        return self._records[self._kept[index]]
+
+    def place(self, index: int) -> str:
+        """Where a record stands in the source, for messages."""
+        return place(self._records, self._kept[index])
+
+
 def open_source(
     name: str,
     split: str = "train",
@@ -135,7 +179,7 @@ def open_source(
       folder of the user's); options are those of `arithmetic.Options`.
     * ``"jsonl:<path>"``: one JSON object a line, ``.jsonl`` or ``.jsonl.gz``. A ``{split}`` in the
       path is replaced by the split; without one the file is the split "train" or "all". Options
-      `fields` and `format` of `MappedSource`.
+      `fields` and `format` of `MappedSource`, then `half` and `half_by` of `HalfSource`.
     * ``"inline"``: the records stand in the config, as columns of equal length: options
       ``dict(prompt=("a", "b"))`` are two records with one field.
     * ``"tfds:<name>"``: a set that is prepared as ArrayRecord under `data_dir` (empty or None: that
@@ -156,22 +200,28 @@ def open_source(
             f"data set {name!r} is neither 'arithmetic', 'jsonl:<path>' nor 'tfds:<name>', nor "
             "'inline'"
         )
-    unknown = sorted(set(values) - {"fields", "format"})
+    known = ("fields", "format", "half", "half_by")
+    unknown = sorted(set(values) - set(known))
     if unknown:
         arithmetic_only = set(unknown) <= {f.name for f in dataclasses.fields(arithmetic.Options)}
         raise ValueError(
-            f"options: {kind} sources have no option {', '.join(unknown)}; they have fields, format"
+            f"options: {kind} sources have no option {', '.join(unknown)}; they have "
+            + ", ".join(known)
             + ("; these are of the arithmetic task: set options=dict()" if arithmetic_only else "")
         )
     if kind == "jsonl":
         source: RecordSource = _jsonl(rest, split)
     else:
         source = _tfds(rest, split, data_dir)
-    if not values:
-        return source
-    return MappedSource(
-        source, fields=values.get("fields", {}), format=values.get("format", "plain")
-    )
+    if {"fields", "format"} & set(values):
+        source = MappedSource(
+            source, fields=values.get("fields", {}), format=values.get("format", "plain")
+        )
+    if "half_by" in values and "half" not in values:
+        raise ValueError(f"options.half_by={values['half_by']!r}, but options.half names no half")
+    if "half" in values:
+        source = HalfSource(source, half=values["half"], by=values.get("half_by", "prompt"))
+    return source
 
 
 def default_data_dir() -> str:

@@ -42,6 +42,7 @@ class Carry(NamedTuple):
     params: dict[str, Params]
     opt_state: dict[str, Any]
     skipped: jax.Array
+    lr_scale: jax.Array  # never changed here
 
 
 def descend(
@@ -104,7 +105,11 @@ def accumulate_gradients(
 def apply_gradients(
     optimizers: Optimizers, carry: Carry, grads: Any, loss: Float[Array, ""], metrics: Metrics
 ) -> tuple[Carry, Metrics]:
-    """One optimizer step per role; nothing changes unless loss and gradients are finite."""
+    """One optimizer step per role; nothing changes unless loss and gradients are finite.
+
+    Updates are multiplied by ``lr_scale``: 0 leaves the parameters as they are, bit for bit, while
+    the optimizers' statistics go on.
+    """
     norms = {role: optax.tree.norm(grads[role]) for role in grads}
     finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, norms.values()))
     finite = finite & jnp.isfinite(loss)
@@ -114,12 +119,13 @@ def apply_gradients(
         # Back to the parameters' type: optimizer statistics must keep theirs.
         own = jax.tree.map(lambda g, p: g.astype(p.dtype), grads[role], old)
         updates, statistics = optimizer.update(own, carry.opt_state[role], old)
-        params[role] = choose(finite, optax.apply_updates(old, updates), old)
+        new = scale_change(carry.lr_scale, optax.apply_updates(old, updates), old)
+        params[role] = choose(finite, new, old)
         opt_state[role] = choose(finite, statistics, carry.opt_state[role])
     skipped = jnp.where(finite, 0, carry.skipped + 1)
     report = {"update/skipped": single(jnp.where(finite, 0.0, 1.0))}
     report |= {f"{role}/grad_norm": single(norm) for role, norm in norms.items()}
-    return Carry(params, opt_state, skipped), union(metrics, report)
+    return Carry(params, opt_state, skipped, carry.lr_scale), union(metrics, report)
 
 
 def gradient_sharding(models: Mapping[str, Model]) -> Callable[[Any], Any]:
@@ -147,6 +153,19 @@ def _divide(total, count):
 def choose(condition: Bool[Array, ""], new: Any, old: Any) -> Any:
     """The tree `new` where the condition holds, else `old`, bit for bit."""
     return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
+
+
+def scale_change(scale: Float[Array, ""], new: Any, old: Any) -> Any:
+    """old + scale · (new − old), leaf by leaf; at scale 1 it is `new`, bit for bit.
+
+    A factor of 1.0 on the updates themselves would not be: compilers join the product of learning
+    rate and direction with the sum into one operation, and a factor between them parts the two.
+    """
+
+    def one(n, o):
+        return jnp.where(scale == 1, n, o + scale.astype(o.dtype) * (n - o))
+
+    return jax.tree.map(one, new, old)
 
 
 def union(a: Metrics, b: Metrics) -> Metrics:

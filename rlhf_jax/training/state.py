@@ -115,7 +115,8 @@ def state_shardings(
     }
     algorithm = jax.tree.map(lambda _: replicated, shapes.algorithm)
     # Shardings are no arrays, so the constructor would refuse them: fields in their order.
-    leaves = jax.tree.leaves((replicated, by_param, by_statistic, algorithm, replicated))
+    fields = (replicated, by_param, by_statistic, algorithm, replicated, replicated)
+    leaves = jax.tree.leaves(fields)
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
@@ -144,6 +145,7 @@ def _builder(optimizers, init_algorithm):
             opt_state={role: optimizers[role].init(params[role]) for role in params},
             algorithm=jax.tree.map(_strong, init_algorithm()),
             skipped=jnp.zeros((), jnp.int32),
+            lr_scale=jnp.ones((), jnp.float32),
         )
 
     return build

@@ -222,7 +222,7 @@ def _train(objective, optimizers, state, frozen, mixture):
         functools.partial(losses, objective),
         gradient_sharding({objective.role: objective.model}),
     )
-    carry = Carry(dict(state.params), dict(state.opt_state), state.skipped)
+    carry = Carry(dict(state.params), dict(state.opt_state), state.skipped, state.lr_scale)
     carry, metrics = descend(problem, optimizers, carry, chunks_of(objective, mixture))
     if objective.smoothing:
         with jax.named_scope("smooth_labels"):
@@ -241,6 +241,7 @@ def _train(objective, optimizers, state, frozen, mixture):
         opt_state=carry.opt_state,
         algorithm=tables,
         skipped=carry.skipped,
+        lr_scale=carry.lr_scale,
     )
     in_row = single(carry.skipped.astype(jnp.float32))
     return state, metrics | {"update/skipped_in_row": in_row}

@@ -158,7 +158,7 @@ def _update(
         chunks = split_groups(rows, plan.minibatches, plan.group_size)
         return jax.lax.scan(functools.partial(_run_minibatch, plan, problem), carry, chunks)
 
-    carry = Carry(dict(state.params), dict(state.opt_state), state.skipped)
+    carry = Carry(dict(state.params), dict(state.opt_state), state.skipped, state.lr_scale)
     carry, metrics = jax.lax.scan(run_epoch, carry, jnp.arange(plan.epochs))
     first = jax.tree.map(lambda x: x[0, 0], metrics.pop("update/first_logprob_gap"))
     metrics = jax.tree.map(lambda x: jnp.sum(x, axis=(0, 1)), metrics)
@@ -168,6 +168,7 @@ def _update(
         opt_state=carry.opt_state,
         algorithm=_keep_finite(algorithm_state, state.algorithm),
         skipped=carry.skipped,
+        lr_scale=carry.lr_scale,
     )
     in_row = single(carry.skipped.astype(jnp.float32))
     return state, metrics | {

@@ -1,6 +1,7 @@
 """Sources by name: JSONL with faults named by line, prepared TFDS sets, fields and dialogues."""
 
 import gzip
+import hashlib
 import json
 import shutil
 
@@ -8,7 +9,14 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from rlhf_jax.data.sources import MappedSource, RecordSource, TfdsSource, open_source, read_jsonl
+from rlhf_jax.data.sources import (
+    MappedSource,
+    RecordSource,
+    TfdsSource,
+    open_source,
+    place,
+    read_jsonl,
+)
 
 ROWS = [{"question": "é 1+1?", "answer": "#### 2"}, {"question": "2+2?", "answer": "#### 4"}]
 
@@ -191,3 +199,66 @@ def test_inline_records_stand_in_the_config():
 def test_inline_columns_are_lists_of_one_length(columns, message):
     with pytest.raises(ValueError, match=message):
         open_source("inline", options=columns)
+
+
+def numbered(path, count=200):
+    """Two records for each prompt, in a file; the prompts are numbers."""
+    rows = [dict(prompt=f"{i // 2}", chosen=f"{i}", rejected="-") for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"jsonl:{path}"
+
+
+def test_halves_are_all_records_and_share_no_prompt(tmp_path):
+    name = numbered(tmp_path / "a.jsonl")
+    halves = [open_source(name, options=dict(half=half)) for half in "ab"]
+    found = [[source[i] for i in range(len(source))] for source in halves]
+    chosen = [int(record["chosen"]) for half in found for record in half]
+    assert sorted(chosen) == list(range(200))
+    first, second = ({record["prompt"] for record in half} for half in found)
+    assert not first & second
+    assert 70 < len(found[0]) < 130  # by chance, and the same chance every time
+    # By the definition, for one of them: the lowest bit of the digest's first byte.
+    bit = hashlib.sha256(b'"0"').digest()[0] & 1
+    assert ("0" in second) == bool(bit)
+
+
+def test_a_record_s_half_depends_on_its_prompt_alone(tmp_path):
+    """Not on order or on other records: a longer file keeps old records where they were."""
+    short, long = numbered(tmp_path / "a.jsonl", 100), numbered(tmp_path / "b.jsonl", 200)
+    of = [open_source(name, options=dict(half="a")) for name in (short, long)]
+    few, many = ([source[i]["prompt"] for i in range(len(source))] for source in of)
+    assert few == many[: len(few)]
+
+
+def test_halves_are_made_of_mapped_fields_and_know_their_lines(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(dict(q=[{"role": "user", "content": f"{i}"}])) + "\n"
+                            for i in range(9)))  # fmt: skip
+    options = dict(fields=dict(prompt="q"), half="b")
+    source = open_source(f"jsonl:{path}", options=options)
+    line = int(source[0]["prompt"][0]["content"]) + 1
+    assert place(source, 0) == f"{path}, line {line}"
+    by_old_name = dict(half="b", half_by="q")
+    assert len(open_source(f"jsonl:{path}", options=by_old_name)) == len(source)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(half="c"), "options.half='c' is not one of a, b"),
+        (dict(half="a", half_by="question"), "line 1: no field question, by which .*half_by.*has"),
+        (dict(half_by="prompt"), "options.half_by='prompt', but options.half names no half"),
+        (dict(halb="a"), "no option halb; they have fields, format, half, half_by"),
+    ],
+)
+def test_halves_that_cannot_be_made_are_named(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        open_source(numbered(tmp_path / "a.jsonl"), options=options)
+
+
+def test_an_empty_half_is_named(tmp_path):
+    name = numbered(tmp_path / "a.jsonl", 2)  # one prompt
+    kept = "b" if hashlib.sha256(b'"0"').digest()[0] & 1 else "a"
+    assert len(open_source(name, options=dict(half=kept))) == 2
+    with pytest.raises(ValueError, match="holds none of the 2 records"):
+        open_source(name, options=dict(half="a" if kept == "b" else "b"))

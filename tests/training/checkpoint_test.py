@@ -43,6 +43,7 @@ def make_state(seed=0, width=8):
             opt_state={role: optimizer.init(tree) for role, tree in params.items()},
             algorithm={"seen": jnp.zeros((0, 3))},
             skipped=jnp.int32(0),
+            lr_scale=jnp.float32(1),
         ),
         reference={"kernel": jax.random.normal(keys[3], (4, width))},
         rewards={"device": {"orm": {"inner": (), "mean": jnp.float32(0.1)}}, "host": {}},

@@ -35,10 +35,10 @@ def problem():
     return Problem(forward, loss, lambda grads: grads)
 
 
-def start(optimizers, dtype=jnp.float32):
+def start(optimizers, dtype=jnp.float32, lr_scale=1.0):
     params = {role: {"w": jnp.full((), 0.5, dtype)} for role in ("a", "b")}
     opt_state = {role: optimizers[role].init(params[role]) for role in params}
-    return Carry(params, opt_state, jnp.zeros((), jnp.int32))
+    return Carry(params, opt_state, jnp.zeros((), jnp.int32), jnp.float32(lr_scale))
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -89,6 +89,23 @@ def test_bfloat16_parameters_keep_their_type_and_that_of_their_statistics():
     before = start(OPTIMIZERS, jnp.bfloat16)
     after, _ = step(before, 4, X.astype(jnp.bfloat16))
     assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, before)
+
+
+@pytest.mark.parametrize("lr_scale", [0.0, 0.5, 1.0])
+def test_updates_are_scaled_and_statistics_are_not(lr_scale):
+    before = start(OPTIMIZERS, lr_scale=lr_scale)
+    after, _ = step(before, 2, X)
+    whole, _ = step(start(OPTIMIZERS), 2, X)
+    for role in OPTIMIZERS:
+        moved = np.float32(whole.params[role]["w"]) - np.float32(0.5)
+        np.testing.assert_allclose(after.params[role]["w"], 0.5 + lr_scale * moved, rtol=1e-6)
+    for new, old in zip(
+        jax.tree.leaves(after.opt_state), jax.tree.leaves(whole.opt_state), strict=True
+    ):
+        np.testing.assert_array_equal(new, old)
+    if lr_scale == 0:
+        assert float(after.params["a"]["w"]) == 0.5  # exactly: the very same bits
+    assert float(after.lr_scale) == lr_scale
 
 
 def test_counts_do_not_run_the_model():

@@ -33,7 +33,7 @@ def test_statistics_lie_like_their_parameters_and_scalars_are_on_the_mesh():
     by_shape = [x for x in jax.tree.leaves(state.opt_state) if x.shape == kernel.shape]
     assert len(by_shape) == 4  # gate and up, first and second moments
     assert all(x.sharding == kernel.sharding for x in by_shape)
-    for scalar in (state.step, state.skipped):
+    for scalar in (state.step, state.skipped, state.lr_scale):
         assert scalar.sharding.mesh == mesh and scalar.sharding.is_fully_replicated
 
 

@@ -279,6 +279,20 @@ def check_weights(rewards: ConfigDict) -> None:
         )
 
 
+def check_process(algorithm: str, rewards: ConfigDict) -> None:
+    """Raises a ValueError if no reward with a weight can judge steps, for an algorithm that wants
+    it. Of the shelf only `process_model` does, and not once it is aggregated."""
+    for section in rewards.values():
+        judges = section.name == "process_model" or "." in section.name
+        if judges and section.get("weight", 1.0) and not section.get("aggregate", ""):
+            return
+    raise ValueError(
+        f"{algorithm} with these keys trains on scores of steps, and none of rewards "
+        f"{', '.join(rewards)} gives them; add a process_model with a weight and without "
+        "aggregate, or leave credit='steps' out"
+    )
+
+
 def reward(label: str, section: ConfigDict, resources: Mapping[str, Any]) -> Reward:
     """One reward with its wrappers, in the order aggregate, normalise, clip, shrink.
 

@@ -168,6 +168,8 @@ def describe_models(
     if not config.rewards:
         raise ValueError("rewards is empty: name at least one reward")
     build.check_weights(config.rewards)
+    if algorithm.needs.process:
+        build.check_process(config.algorithm.name, config.rewards)
     for label, section in config.rewards.items():
         build.check_reward(label, section)
         changes = build.reward_model(section)

@@ -249,6 +249,7 @@ class Needs(NamedTuple):
 
     value: bool = False
     reference: bool = False
+    process: bool = False  # scores of steps, beside those of completions
     min_group: int = 1
     extra: tuple[str, ...] = ()
 

@@ -166,12 +166,29 @@ CASES = [
     ("train_sft", {"sources.demonstrations.weight": KeyError}, "demonstrations.weight is missing"),
     ("train_sft", {"sources.demonstrations.max_length": KeyError}, "max_length is missing"),
     # an unknown name
-    ("train_policy", {"algorithm.name": "ppq"}, r"algorithm.name: 'ppq' .*known: grpo, ppo"),
+    ("train_policy", {"algorithm.name": "ppq"}, r"algorithm.name: 'ppq' .*known: best_of_n, .*ppo"),
     ("train_policy", {"rewards.length.name": "lenght"}, r"rewards.length.name: .*known: .*length"),
     ("train_policy", {"model.name": "huge"}, r"model.name='huge'; known sizes: tiny, small"),
     ("train_policy", {"data.name": "gsm8k"}, "data: data set 'gsm8k' is neither 'arithmetic'"),
     ("train_policy", {"data.tokenizer": "bites"}, "data.tokenizer: tokenizer 'bites' is neither"),
     ("train_sft", {"sources.demonstrations.kind": "text"}, r"kind='text'; .* takes texts"),
+    # an algorithm that cannot work
+    (
+        "train_policy",
+        {"algorithm": dict(name="grpo", clip_low=1.5)},
+        r"clip_low=1.5; wanted",
+    ),
+    ("train_policy", {"algorithm": dict(name="rloo", kl_coef=-0.1)}, r"kl_coef=-0.1; wanted 0 or"),
+    (
+        "train_policy",
+        {"algorithm": dict(name="dapo"), "rollout.samples": 1},
+        "rollout.samples=1 but dapo needs groups of 2 or more; set rollout.samples",
+    ),
+    (
+        "train_policy",
+        {"algorithm": dict(name="grpo", credit="steps"), "rewards.process.weight": 0.0},
+        "trains on scores of steps, and none of rewards .* add a process_model",
+    ),
     # a watch that cannot work
     ("train_policy", {"monitor": dict(proxy="exact")}, "monitor.every is missing"),
     ("train_policy", {"monitor": dict(proxy="exat", every=1)}, "monitor.proxy='exat'; wanted one"),

@@ -178,7 +178,8 @@ def group_relative(
         del group_size  # the comparison within groups is made; tokens are on their own now
         return policy_terms(output, experience, targets, surrogate)
 
-    needs = Needs(reference=surrogate.kl_coef != 0, min_group=2)
+    reference, process = surrogate.kl_coef != 0, credit == "steps"
+    needs = Needs(reference=reference, process=process, min_group=2)
     return Algorithm(init=lambda: (), targets=targets, loss=loss, needs=needs, select=select)
 
 

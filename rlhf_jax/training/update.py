@@ -20,8 +20,9 @@ from jaxtyping import Float
 
 from rlhf_jax.models.completions import evaluate_completions, evaluate_texts
 from rlhf_jax.ops.groups import split_chunks
-from rlhf_jax.ops.masking import mean_of
+from rlhf_jax.ops.masking import masked_var, mean_of
 from rlhf_jax.ops.metrics import single
+from rlhf_jax.ops.surrogate import filled
 from rlhf_jax.training.experience import COMPILER_OPTIONS, constrain_rows, on_mesh
 from rlhf_jax.training.gradients import (
     Carry,
@@ -38,6 +39,7 @@ from rlhf_jax.types import (
     Array,
     CompletionOutput,
     Experience,
+    Mean,
     Metrics,
     Params,
     Targets,
@@ -171,10 +173,26 @@ def _update(
         lr_scale=carry.lr_scale,
     )
     in_row = single(carry.skipped.astype(jnp.float32))
+    if plan.algorithm.needs.value:
+        metrics["value/explained_variance"] = explained_variance(experience, targets)
     return state, metrics | {
         "update/first_logprob_gap": first,
         "update/skipped_in_row": in_row,
     }
+
+
+def explained_variance(experience: Experience, targets: Targets) -> Mean:
+    """1 − Var(R − V) / Var(R) over the tokens that train, of the whole batch, before the update.
+
+    1: the critic knows the returns; 0: no better than their mean; below 0: worse. 0 where returns
+    are all equal.
+    """
+    mask = targets.mask
+    returns, values = filled(mask, targets.returns, experience.values)
+    spread = masked_var(returns, mask)
+    varies = spread > 0
+    share = masked_var(returns - values, mask) / jnp.where(varies, spread, 1.0)
+    return single(jnp.where(varies, 1.0 - share, 0.0))
 
 
 def _run_minibatch(

@@ -28,6 +28,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from rlhf_jax.algorithms.ppo import ppo
 from rlhf_jax.ops.length_bias import length_gain
@@ -143,6 +144,7 @@ def test_balanced_pairs_make_policies_better():
         assert mended.quality > 1.5 * plain.quality, (plain, mended)
 
 
+@pytest.mark.slow
 def test_a_stronger_kl_makes_less_of_everything():
     for one, held in zip(outcomes("all"), outcomes("all", 3.0), strict=True):
         assert held.after - held.before < 0.5 * (one.after - one.before), (one, held)

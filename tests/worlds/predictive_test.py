@@ -24,6 +24,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from rlhf_jax.algorithms.grpo import grpo
 from rlhf_jax.ops.length_bias import correlation
@@ -129,6 +130,7 @@ def found():
     return of_seeds | {"grpo": policy_gains(worlds, np.stack(weights))}
 
 
+@pytest.mark.slow
 def test_accuracy_and_auc_foretell_gains():
     for metric in METRICS:
         for use in USES:

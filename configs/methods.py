@@ -27,8 +27,8 @@ METHODS = {
     "grpo": dict(
         algorithm=dict(kl_coef=0.04, clip_low=0.2, clip_high=0.2), samples=64, rate=1e-6
     ),
-    # Liu et al. 2025, Oat-Zero: 128 prompts x 8; the constant is the budget of tokens.
-    "dr_grpo": dict(algorithm=dict(constant=3000), samples=8, rate=1e-6),
+    # Liu et al. 2025, Oat-Zero: 128 prompts x 8.
+    "dr_grpo": dict(algorithm=dict(), samples=8, rate=1e-6),
     # Yu et al. 2025: 512 prompts x 16 in 16 minibatches, up to 10 draws.
     "dapo": dict(algorithm=dict(), samples=16, minibatches=4, rate=1e-6, warmup=20, draws=10),
     # Zheng et al. 2025: four minibatches; K and the rate are ours.
@@ -76,9 +76,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     model = dict(init_from=args.init_from, remat="none", compute_dtype="float32")
     config.model = model if args.init_from else dict(name="tiny", **model)
     config.model.update(paper.get("adapters", {}))
-    config.value.init_from = "outcome" if args.reward else "policy"
+    # PE-RLHF's critic is adapters on the policy's base.
+    from_reward = args.reward and args.method != "pe_reinforce"
+    config.value.init_from = "outcome" if from_reward else "policy"
     config.rewards = rewards(args.reward)
     config.algorithm = dict(name=args.method, **paper["algorithm"])
+    if args.method == "dr_grpo":  # the paper's 3000 is its budget of tokens; this is the run's
+        config.algorithm.constant = config.rollout.max_tokens
     config.rollout.update(
         prompts=args.prompts, samples=paper["samples"], max_draws=paper.get("draws", 1)
     )
@@ -88,6 +92,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.updates.update(epochs=paper.get("epochs", 1), minibatches=paper.get("minibatches", 1))
     for role in ("policy", "value"):
         config.optimizer[role].learning_rate = paper["rate"]
+        config.optimizer[role].eps = 1e-5 if args.method == "ppo" else 1e-8
         config.optimizer[role].warmup = paper.get("warmup", 2)
         config.optimizer[role].schedule = paper.get("schedule", "constant")
     config.train.steps = args.steps

@@ -204,6 +204,11 @@ def rollout(config: ConfigDict, needs: Needs, axes: Mesh, rules: ShardingRules) 
             f"rollout.samples={sizes.samples} but {config.algorithm.name} needs groups of "
             f"{needs.min_group} or more; set rollout.samples"
         )
+    if needs.min_group > 1 and sizes.sampling.get("temperature", 1.0) == 0:
+        raise ValueError(
+            f"rollout.sampling.temperature=0 but {config.algorithm.name} compares the samples of a "
+            "prompt, and greedy ones are all the same; set it above 0"
+        )
     parts = updates.minibatches * updates.microbatches
     shards = batch_shards(axes, rules)
     held = hold(sizes, multiple=parts * shards)

@@ -58,6 +58,11 @@ def hold(rollout: ConfigDict, *, multiple: int) -> Held:
             "rollout.axis.hold='tokens' needs rollout.axis.tokens, the max_tokens at which "
             f"rollout.prompts={rollout.prompts} was chosen"
         )
+    if way != "tokens" and "tokens" in axis:
+        raise ValueError(
+            f"rollout.axis.tokens={axis.tokens}, but hold={way!r} does not read it; set "
+            "hold='tokens' or leave it out"
+        )
     before, now = axis.samples, samples
     if way == "tokens":
         before, now = before * axis.tokens, now * rollout.max_tokens

@@ -15,7 +15,14 @@ from rlhf_jax.ops import groups
 from rlhf_jax.ops.divergence import kl_estimate
 from rlhf_jax.ops.masking import masked_sum, mean_of, place_at_last
 from rlhf_jax.ops.returns import reward_to_go
-from rlhf_jax.ops.surrogate import Surrogate, aggregate, check_surrogate, filled, policy_loss
+from rlhf_jax.ops.surrogate import (
+    Surrogate,
+    aggregate,
+    check_surrogate,
+    filled,
+    policy_loss,
+    policy_ratio,
+)
 from rlhf_jax.types import (
     Algorithm,
     Array,
@@ -86,14 +93,22 @@ def spread(x: Float[Array, " B"], mask: Bool[Array, "B T"]) -> Float[Array, "B T
     return jnp.where(mask, x[:, None], 0.0)
 
 
-def imitation(
-    experience: Experience, chosen: Bool[Array, " B"], rewards: Float[Array, " B"]
-) -> Targets:
-    """Targets of methods that imitate chosen completions: advantage 1 there, no token elsewhere."""
-    mask = jnp.asarray(experience.rollouts.mask)
-    kept = mask & chosen[:, None]
-    advantages = jnp.where(kept, 1.0, 0.0)
-    return Targets(advantages=advantages, returns=spread(rewards, mask), mask=kept)
+def or_nan(
+    x: Float[Array, " B"], rewards: Float[Array, " B"], group_size: int
+) -> Float[Array, " B"]:
+    """x, but NaN in groups with a reward that is not finite.
+
+    What is chosen by comparing hides such a reward: the largest of 1 and NaN is NaN, and it would
+    be imitated. So it reaches the loss, and the update is skipped and counted.
+    """
+    finite = jnp.all(jnp.isfinite(jnp.reshape(rewards, (-1, group_size))), axis=1)
+    return jnp.where(groups.repeat_groups(finite, group_size), x, jnp.nan)
+
+
+def imitated(rewards: Float[Array, " B"], group_size: int) -> Float[Array, " B"]:
+    """1 for the best of each group, the first of equal ones, and 0 for the others."""
+    best = groups.best_of_group(rewards, group_size).astype(jnp.float32)
+    return or_nan(best, rewards, group_size)
 
 
 def policy_terms(
@@ -114,7 +129,8 @@ def policy_terms(
     terms = {"policy": Term(weight=1.0, mean=mean(policy))}
     if surrogate.loss_kl:
         kl = kl_estimate(logprobs, ref_logprobs, surrogate.kl_estimator)
-        kl = ratio * kl if surrogate.kl_weighted else kl
+        if surrogate.kl_weighted:  # of each token, whatever ratio the surrogate clips
+            kl = policy_ratio(logprobs, old_logprobs, mask, "token") * kl
         terms["kl"] = Term(weight=surrogate.loss_kl, mean=mean(kl))
     if surrogate.entropy_coef:
         (entropy,) = filled(mask, output.entropy)
@@ -170,8 +186,14 @@ def group_relative(
             outcome = scores.outcome.astype(jnp.float32)[:, None]
             outcome = centred(outcome, jnp.ones(outcome.shape, bool), group_size)
             advantages = jnp.where(mask, outcome + reward_to_go(steps, mask), 0.0)
+        trained = jnp.asarray(mask)
+        if select is not None:  # what is still without signal after the last draw trains nothing
+            (process,) = filled(mask, experience.scores.process)
+            signal = select(dataclasses.replace(experience.scores, process=process), group_size)
+            kept = groups.repeat_groups(signal, group_size)
+            trained = trained & kept[:, None]
         returns = spread(rewards, mask)
-        return Targets(advantages=advantages, returns=returns, mask=jnp.asarray(mask)), state
+        return Targets(advantages=advantages, returns=returns, mask=trained), state
 
     @jax.named_scope("group_loss")
     def loss(output, experience, targets, group_size):

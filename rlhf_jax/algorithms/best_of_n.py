@@ -10,11 +10,11 @@ differs from SuperHF in that nothing holds the policy to the reference.
 """
 
 import jax
+import jax.numpy as jnp
 
-from rlhf_jax.algorithms.base import imitation, policy_terms, sequence_rewards
-from rlhf_jax.ops import groups
+from rlhf_jax.algorithms.base import imitated, policy_terms, sequence_rewards, spread
 from rlhf_jax.ops.surrogate import Surrogate, check_surrogate
-from rlhf_jax.types import Algorithm, Needs
+from rlhf_jax.types import Algorithm, Needs, Targets
 
 
 def best_of_n(*, aggregate: str = "token_mean", constant: float | int | None = None) -> Algorithm:
@@ -33,9 +33,11 @@ def best_of_n(*, aggregate: str = "token_mean", constant: float | int | None = N
 
     @jax.named_scope("best_of_n_targets")
     def targets(experience, group_size, state):
-        rewards = sequence_rewards(experience.scores, experience.rollouts.mask)
-        best = groups.best_of_group(rewards, group_size)
-        return imitation(experience, best, rewards), state
+        mask = jnp.asarray(experience.rollouts.mask)
+        rewards = sequence_rewards(experience.scores, mask)
+        advantages = spread(imitated(rewards, group_size), mask)
+        returns = spread(rewards, mask)
+        return Targets(advantages=advantages, returns=returns, mask=mask & (advantages != 0)), state
 
     @jax.named_scope("best_of_n_loss")
     def loss(output, experience, targets, group_size):

@@ -12,7 +12,7 @@ the two counts, not by how much one is better; a group whose rewards are all equ
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.algorithms.base import policy_metrics, sequence_rewards, spread
+from rlhf_jax.algorithms.base import or_nan, policy_metrics, sequence_rewards, spread
 from rlhf_jax.ops import groups
 from rlhf_jax.ops.masking import masked_sum
 from rlhf_jax.ops.surrogate import filled, policy_ratio
@@ -39,7 +39,7 @@ def online_dpo(*, beta: float | int = 0.1) -> Algorithm:
         best = groups.best_of_group(rewards, group_size)
         worst = groups.worst_of_group(rewards, group_size)
         # Of equal rewards the same row is both: the sign is 0 and the group has no pair.
-        sign = best.astype(jnp.float32) - worst.astype(jnp.float32)
+        sign = or_nan(best.astype(jnp.float32) - worst.astype(jnp.float32), rewards, group_size)
         chosen = jnp.asarray(mask) & (sign != 0)[:, None]
         returns = spread(rewards, mask)
         return Targets(advantages=spread(sign, mask), returns=returns, mask=chosen), state

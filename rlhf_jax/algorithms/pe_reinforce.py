@@ -41,6 +41,8 @@ def pe_reinforce(
     """
     if not 0 <= kl_coef < 1:
         raise ValueError(f"kl_coef={kl_coef}; wanted a share of the reward, from 0 to below 1")
+    if not value_coef >= 0:
+        raise ValueError(f"value_coef={value_coef}; wanted 0 or more")
     values = surrogate.Surrogate(form="reinforce", aggregate=aggregate, constant=constant)
     surrogate.check_surrogate(values)
 

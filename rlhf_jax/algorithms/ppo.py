@@ -64,6 +64,12 @@ def ppo(
     for name, number in (("gamma", gamma), ("lam", lam), ("value_lam", critic_lam)):
         if not 0 <= number <= 1:
             raise ValueError(f"ppo: {name}={number}; wanted a number from 0 to 1")
+    if not 0 <= clip <= 1:
+        raise ValueError(f"ppo: clip={clip}; wanted 0 to 1, as a ratio is never below 0")
+    if value_clip is not None and not value_clip > 0:
+        raise ValueError(f"ppo: value_clip={value_clip}; wanted more than 0, or None for free")
+    if not value_coef >= 0:
+        raise ValueError(f"ppo: value_coef={value_coef}; wanted 0 or more")
     surrogate = Surrogate(
         clip_low=clip,
         clip_high=clip if clip_high is None else clip_high,

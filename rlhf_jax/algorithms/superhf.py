@@ -3,19 +3,23 @@
 Mukobi et al. 2023, https://arxiv.org/abs/2310.16763, section 3 and algorithm 1.
 
     y*  = the best of the K samples of a prompt
-    L   = −mean_t log π(y*_t) + β mean_t KL_t      over the tokens of the chosen completions
+    L   = −mean_t log π(y*_t) + β mean_t KL_t
 
-The paper's KL(π ‖ π_ref) over y* is estimated from the log-probs of y* itself, by default by k2,
-½ (log π − log π_ref)², whose gradient is the KL's own for samples of π and never negative (the
-paper's max(0, ·) is in it). It differs from best-of-n in that term.
+The first mean is over the tokens of the chosen completions, the second over those of all K. The
+paper's KL(π ‖ π_ref) is a sum over the vocabulary at the tokens of y*, which a step that never
+holds [B, T, V] does not have. It is estimated from log-probs, by default by k2,
+½ (log π − log π_ref)²: never negative (the paper's max(0, ·) is in it), and with the KL's own
+gradient for samples of π. Those are all K and not the chosen ones: k2 on these alone holds back
+what they should teach (tests/worlds/superhf_test.py). It differs from best-of-n in that term.
 """
 
 import jax
+import jax.numpy as jnp
 
-from rlhf_jax.algorithms.base import imitation, policy_terms, sequence_rewards
-from rlhf_jax.ops import groups
-from rlhf_jax.ops.surrogate import Surrogate, check_surrogate
-from rlhf_jax.types import Algorithm, Needs
+from rlhf_jax.algorithms.base import imitated, policy_metrics, sequence_rewards, spread
+from rlhf_jax.ops import surrogate
+from rlhf_jax.ops.divergence import kl_estimate
+from rlhf_jax.types import Algorithm, Needs, Targets, Term
 
 
 def superhf(
@@ -45,25 +49,37 @@ def superhf(
             "kl_estimator='k1': its gradient on the chosen samples is the likelihood's with the "
             "sign turned, which holds nothing; set 'k2'"
         )
-    surrogate = Surrogate(
-        form="reinforce",
-        aggregate=aggregate,
-        constant=constant,
-        kl_coef=kl_coef,
-        kl_estimator=kl_estimator,
+    values = surrogate.Surrogate(
+        aggregate=aggregate, constant=constant, kl_coef=kl_coef, kl_estimator=kl_estimator
     )
-    check_surrogate(surrogate)
+    surrogate.check_surrogate(values)
 
     @jax.named_scope("superhf_targets")
     def targets(experience, group_size, state):
-        rewards = sequence_rewards(experience.scores, experience.rollouts.mask)
-        best = groups.best_of_group(rewards, group_size)
-        return imitation(experience, best, rewards), state
+        mask = jnp.asarray(experience.rollouts.mask)
+        rewards = sequence_rewards(experience.scores, mask)
+        advantages = spread(imitated(rewards, group_size), mask)
+        return Targets(advantages=advantages, returns=spread(rewards, mask), mask=mask), state
 
     @jax.named_scope("superhf_loss")
     def loss(output, experience, targets, group_size):
         del group_size
-        return policy_terms(output, experience, targets, surrogate)
+        experience, targets = jax.lax.stop_gradient((experience, targets))
+        mask = targets.mask
+        logprobs, reference, old, chosen = surrogate.filled(
+            mask, output.logprobs, experience.ref_logprobs, experience.logprobs, targets.advantages
+        )
+
+        def mean(x, where):
+            return surrogate.aggregate(x, where, aggregate, constant=constant)
+
+        likelihood = mean(-chosen * logprobs, mask & (chosen != 0))
+        terms = {"policy": Term(weight=1.0, mean=likelihood)}
+        if kl_coef:
+            kl = kl_estimate(logprobs, reference, kl_estimator)
+            terms["kl"] = Term(weight=kl_coef, mean=mean(kl, mask))
+        ratio = surrogate.policy_ratio(logprobs, old, mask, "token")
+        return terms, policy_metrics(output, jnp.zeros(mask.shape, bool), ratio, mask)
 
     needs = Needs(reference=kl_coef != 0, min_group=2)
     wraps = ("omit_truncated", "select")

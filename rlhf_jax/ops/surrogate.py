@@ -97,7 +97,16 @@ def check_surrogate(surrogate: Surrogate) -> None:
     limit = 1 + surrogate.clip_high
     if surrogate.dual_clip is not None and not surrogate.dual_clip > limit:
         raise ValueError(
-            f"dual_clip={surrogate.dual_clip}; wanted more than 1 + the clip above = {limit}"
+            f"dual_clip={surrogate.dual_clip}; wanted more than 1 + the clip above = {limit}, or "
+            "None"
+        )
+    if surrogate.form != "clip" and surrogate.dual_clip is not None:
+        raise ValueError(
+            f"dual_clip={surrogate.dual_clip}, but form={surrogate.form!r} has none; leave it out"
+        )
+    if surrogate.form == "reinforce" and surrogate.ratio != "token":
+        raise ValueError(
+            f"ratio={surrogate.ratio!r}, but form='reinforce' has no ratio; leave it out"
         )
 
 

@@ -17,16 +17,22 @@ FAMILY = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
 BY_SEQUENCE = "sequence_mean_token_mean"
 
 
-def group_loop(experience, loss, *, scale="std", beta=0.0, estimator="k3"):
-    """A_i = z(r_i − β Σ_t KL_t) at every token, and the loss of methods.md's table."""
+def group_loop(experience, loss, *, scale="std", beta=0.0, estimator="k3", select=False):
+    """A_i = z(r_i − β Σ_t KL_t) at every token, and the loss; with `select` groups of equal rewards
+    train nothing."""
     rows = loops.rows_of(experience)
     rewards = [row.reward - beta * loops.kl_of(row, estimator) for row in rows]
     advantages = loops.everywhere(loops.compared(rewards, GROUP, scale), rows)
+    kept = None
+    if select:
+        varies = [max(group) > min(group) for group in loops.grouped(rewards, GROUP)]
+        kept = [v for v in varies for _ in range(GROUP)]
+        assert not all(kept)  # the batch has such a group
 
     def terms(point, still):
-        return loops.policy_terms(rows, advantages, loss, point, still)
+        return loops.policy_terms(rows, advantages, loss, point, still, kept)
 
-    return Wanted(advantages, loops.everywhere(rewards, rows), terms)
+    return Wanted(advantages, loops.everywhere(rewards, rows), terms, kept=kept)
 
 
 CASES = {
@@ -79,7 +85,8 @@ def test_against_a_loop(case):
     name, options, loss = CASES[case]
     data = batch()
     scale = "none" if name == "dr_grpo" else "std"
-    found = loops.assert_agrees(name, data, group_loop(data[0], loss, scale=scale), **options)
+    wanted = group_loop(data[0], loss, scale=scale, select=name == "dapo")
+    found = loops.assert_agrees(name, data, wanted, **options)
     # The batch is such that clips act, and not everywhere.
     fraction = found.metrics["policy/clip_fraction"]
     if loss.form != "reinforce" and loss.high < 5:

@@ -20,31 +20,42 @@ def best_rows(rows, size):
     return chosen
 
 
-def imitation_loop(experience, *, beta=0.0, estimator="k2", how="token_mean", size=GROUP):
-    """−mean log π(y*) + β mean KL, over the tokens of the best completions alone."""
+def imitation_loop(
+    experience, *, beta=0.0, estimator="k2", how="token_mean", size=GROUP, others=True
+):
+    """−mean log π(y*) + β mean KL: over the best completions, and over all of them.
+
+    With `others` completions that are not chosen train too, as far as the KL goes.
+    """
     rows = loops.rows_of(experience)
     chosen = best_rows(rows, size)
     kept = [i for i, best in enumerate(chosen) if best]
 
     def terms(point, still):
         likelihood, divergence = [], []
-        for i in kept:
+        for i in range(len(rows)):
             new, fixed, ref = point["logprobs"][i], still["logprobs"][i], rows[i].ref
-            likelihood.append([-x for x in new])
+            if i in kept:
+                likelihood.append([-x for x in new])
             places = zip(new, fixed, ref, strict=True)
             divergence.append([loops.kl(n - r, f - r, estimator) for n, f, r in places])
         found = {"policy": (1.0, loops.mean_over(likelihood, how))}
         return found | ({"kl": (beta, loops.mean_over(divergence, how))} if beta else {})
 
     returns = loops.everywhere([row.reward for row in rows], rows)
-    return Wanted(loops.everywhere(map(float, chosen), rows), returns, terms, kept=chosen)
+    advantages = loops.everywhere(map(float, chosen), rows)
+    return Wanted(advantages, returns, terms, kept=None if others else chosen)
 
 
 @pytest.mark.parametrize(
     ("name", "options", "loop"),
     [
-        ("best_of_n", {}, {}),
-        ("best_of_n", {"aggregate": "sequence_mean_token_sum"}, {"how": "sequence_mean_token_sum"}),
+        ("best_of_n", {}, {"others": False}),
+        (
+            "best_of_n",
+            {"aggregate": "sequence_mean_token_sum"},
+            {"how": "sequence_mean_token_sum", "others": False},
+        ),
         ("superhf", {}, {"beta": 0.35}),
         (
             "superhf",
@@ -63,19 +74,27 @@ def test_a_group_of_one_imitates_itself():
     """K = 1, which a build refuses: nothing is selected, all is imitated."""
     data = batch(group=1)
     wanted = imitation_loop(data[0], beta=0.35, size=1)
-    assert all(wanted.kept)
+    assert all(map(all, wanted.advantages))
     loops.assert_agrees("superhf", data, wanted, group=1)
 
 
 @pytest.mark.parametrize("name", ["best_of_n", "superhf"])
 def test_of_equal_samples_the_first_is_imitated(name):
     data = batch(outcome=[0.1, 0.7, 0.7, 0.2] + [0.3] * 4 + [0.0, 0.0, 0.0, 1.0], process=0.0)
-    found = ours(name, data)
-    trained = np.asarray(found.targets.mask).any(axis=1)
+    found = ours(name, data, **({"kl_coef": 0} if name == "superhf" else {}))
+    trained = np.asarray(found.targets.advantages).any(axis=1)
     np.testing.assert_array_equal(np.flatnonzero(trained), [1, 4, 11])
     gradient = np.asarray(found.gradient.logprobs)
     np.testing.assert_array_equal((gradient != 0).any(axis=1), trained)
     assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("name", ["best_of_n", "superhf", "online_dpo"])
+def test_a_reward_that_is_not_a_number_is_never_learnt(name):
+    """The largest of 1 and NaN is NaN; it must not be the best of its group in silence."""
+    data = batch(outcome=[1.0, np.nan, 0.0, 0.0] + [0.0, 1.0, 0.5, 0.2] * 2, process=0.0)
+    found = ours(name, data)
+    assert not np.isfinite(np.asarray(found.gradient.logprobs)).all()
 
 
 def test_an_empty_best_sample_leaves_its_group_out():

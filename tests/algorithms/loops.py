@@ -233,10 +233,14 @@ def mean_over(x, how, constant=None):
     return sum(sum(row) / divisors[how](row) for row in x) / len(x)
 
 
-def policy_terms(rows, advantages, loss, point, still):
-    """{name: (weight, mean)}; `still`: the point, where no gradient flows."""
+def policy_terms(rows, advantages, loss, point, still, kept=None):
+    """{name: (weight, mean)}; `still`: the point, where no gradient flows; `kept`: rows that train,
+    all of them if None."""
     policy, divergence = [], []
     for i, row in enumerate(rows):
+        if kept is not None and not kept[i]:
+            policy.append([]), divergence.append([])
+            continue
         new, fixed = point["logprobs"][i], still["logprobs"][i]
         ratio, weight = (ratios(x, row.old, loss.level) for x in (new, fixed))
         policy.append([]), divergence.append([])

@@ -152,8 +152,12 @@ def test_impossible_values_are_refused():
         ppo(dual_clip=1.1)
     with pytest.raises(ValueError, match=r"dual_clip=1.3; wanted .* 1 \+ the clip above = 1.4"):
         ppo(dual_clip=1.3, clip_high=0.4)
-    with pytest.raises(ValueError, match=r"clip_low=1.2; wanted 0 to 1"):
+    with pytest.raises(ValueError, match=r"ppo: clip=1.2; wanted 0 to 1"):
         ppo(clip=1.2)
+    with pytest.raises(ValueError, match=r"value_clip=-1; wanted more than 0, or None"):
+        ppo(value_clip=-1)
+    with pytest.raises(ValueError, match=r"value_coef=-1; wanted 0 or more"):
+        ppo(value_coef=-1)
     with pytest.raises(ValueError, match=r"kl_coef=-0.02; wanted 0 or more"):
         ppo(kl_coef=-0.02)
     with pytest.raises(ValueError, match="unknown kl_place 'critic'; known: loss, reward"):

@@ -28,9 +28,11 @@ def at_the_start(data):
 
 
 def test_dapo_with_equal_clips_and_lengths_is_grpo():
-    """Per token always, and GRPO's own mean where all completions are equally long."""
+    """Per token always, and GRPO's own mean where all completions are equally long; of groups whose
+    rewards differ, since DAPO leaves the others out."""
     options = {"clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.0}
-    ragged, even = batch(), batch(lengths=EQUAL_LENGTHS)
+    outcome = np.linspace(-1.0, 1.0, len(EQUAL_LENGTHS))
+    ragged, even = batch(outcome=outcome), batch(outcome=outcome, lengths=EQUAL_LENGTHS)
     by_token = ours("grpo", ragged, aggregate="token_mean", **options)
     assert_same(ours("dapo", ragged, **options), by_token, rtol=0)
     assert_same(ours("dapo", even, **options), ours("grpo", even, **options))

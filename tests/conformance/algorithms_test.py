@@ -255,6 +255,15 @@ def test_hard_batches_are_finite(algorithm, lengths, outcome):
         assert not np.any(np.asarray(gradient.logprobs))
 
 
+def test_a_score_that_is_not_a_number_reaches_the_loss(algorithm):
+    """So that the update is skipped and counted: comparing takes NaN for the largest score."""
+    outcome = np.linspace(0.0, 1.0, ROWS)
+    outcome[4] = np.nan
+    experience, output = make_batch(algorithm, outcome=outcome)
+    _, value, gradient = run(algorithm, experience, output)
+    assert not np.isfinite(value) or not np.all(np.isfinite(gradient.logprobs))
+
+
 def test_fractions_of_scores_are_kept(algorithm):
     """A peer truncated learned scores to whole numbers: 0.3 and 0.6 were the same to it."""
     outcome = np.tile([0.3, 0.6], PROMPTS)

@@ -236,3 +236,15 @@ def test_cispo_and_reinforce_by_hand():
         assert float(value) == pytest.approx(-weight * 2 * math.log(9.0), rel=1e-6)
         assert float(gradient[0, 0]) == pytest.approx(-weight * 2, rel=1e-6)
         assert bool(clipped[0, 0]) is acted
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(form="cispo", dual_clip=3.0), "dual_clip=3.0, but form='cispo' has none"),
+        (dict(form="reinforce", ratio="sequence"), "form='reinforce' has no ratio; leave it out"),
+    ],
+)
+def test_a_value_that_would_do_nothing_is_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        surrogate.check_surrogate(surrogate.Surrogate(**values))

@@ -14,8 +14,7 @@ with 8 samples. Each of 2 seeds:
 Rules: with the reward model of plain pairs, within-length gain is below 0.4 of the gain, and length
 grows by more than 25 %; with that of balanced pairs it is above 0.9, and the gain in hidden quality
 more than 1.5 times as large. A KL coefficient of 3 in place of 1, one of the paper's remedies,
-makes less of both. Whitened advantages would not end there: at the optimum all of them are nearly
-0, and whitening makes them noise of variance 1 (0.5 off the tilt).
+makes less of both.
 
 LPPO of Singhal et al. 2023 (https://arxiv.org/abs/2310.03716), a reward of length alone, aims at 20
 tokens. A policy that ends with chance 1/8 after each of up to 40 tokens, a table of 40 x 2 logits

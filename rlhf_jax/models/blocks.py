@@ -140,8 +140,35 @@ class Projection(nn.Module):
         # One axis of rows: with two, the gradient of W is contracted over both, and XLA on CPUs
         # transposes a copy of dy first and multiplies at half the speed.
         rows = x.reshape(-1, *x.shape[x.ndim - axes :]).astype(compute)
-        y = jnp.tensordot(rows, weight.astype(compute), axes, preferred_element_type=self.dtype)
+        y = product(rows, weight.astype(compute), axes, self.dtype)
         return checkpoint_name(y, KEPT).reshape(*x.shape[: x.ndim - axes], *shape[axes:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def product(
+    x: Float[Array, "M ..."], weight: Float[Array, "..."], axes: int, dtype: str
+) -> Float[Array, "M ..."]:
+    """x · W, contracting the last `axes` axes of x with the first of W; `dtype` is the result's.
+
+    The gradient of W is written out as xᵀ dy: the derived one is dyᵀ x, transposed, and where W
+    has two axes of outputs XLA on CPUs transposes both dy and the result by copying.
+    """
+    return jnp.tensordot(x, weight, axes, preferred_element_type=dtype)
+
+
+def _product_kept(x, weight, axes, dtype):
+    return product(x, weight, axes, dtype), (x, weight)
+
+
+def _product_back(axes, dtype, kept, dy):
+    x, weight = kept
+    outputs = (tuple(range(1, dy.ndim)), tuple(range(axes, weight.ndim)))
+    dx = jax.lax.dot_general(dy, weight, (outputs, ((), ())), preferred_element_type=dtype)
+    dw = jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
+    return dx.astype(x.dtype), dw.astype(weight.dtype)
+
+
+product.defvjp(_product_kept, _product_back)
 
 
 class Attention(nn.Module):
@@ -239,12 +266,19 @@ def attention(
         scores = jnp.concatenate([_prefix_scores(query, prefix[0]), scores], axis=-1)
     scores = capped(scores * (scale or query.shape[-1] ** -0.5), softcap)
     scores = jnp.where(attend[:, None, None], scores, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    # Divided after the product, whose result is smaller than the weights. Their gradient then asks
+    # for one sum over Dh and for none over C (Dao et al. 2022, https://arxiv.org/abs/2205.14135,
+    # appendix B.2).
+    highest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - highest)
+    total = jnp.moveaxis(jnp.sum(weights, axis=-1), 3, 1)[..., None]  # [B S G R 1]
+    weights = weights.astype(values.dtype)
     if prefix is None:
-        return checkpoint_name(jnp.einsum("bgrsc,bgcd->bsgrd", weights, values), KEPT)
-    before, own = jnp.split(weights, [prefix[1].shape[2]], axis=-1)
-    mixed = jnp.einsum("bgrsc,bgcd->bsgrd", own, values, preferred_element_type=jnp.float32)
-    return (_prefix_mix(before, prefix[1]) + mixed).astype(values.dtype)
+        mixed = _mix(weights, values)
+    else:
+        before, own = jnp.split(weights, [prefix[1].shape[2]], axis=-1)
+        mixed = _prefix_mix(before, prefix[1]) + _mix(own, values)
+    return (checkpoint_name(mixed, KEPT) / total).astype(values.dtype)
 
 
 def _scores(
@@ -256,6 +290,17 @@ def _scores(
     flat = jnp.transpose(query, (0, 2, 3, 1, 4)).reshape(rows, groups, each * size, width)
     scores = jnp.einsum("bgtd,bgcd->bgtc", flat, keys, preferred_element_type=jnp.float32)
     return scores.reshape(rows, groups, each, size, -1)
+
+
+def _mix(
+    weights: Float[Array, "B G R S C"], values: Float[Array, "B G C Dh"]
+) -> Float[Array, "B S G R Dh"]:
+    """Weighted sums in float32, with one axis of rows as in `_scores`: with two, XLA on CPUs has no
+    product of bfloat16."""
+    rows, groups, each, size, columns = weights.shape
+    flat = weights.reshape(rows, groups, each * size, columns)
+    mixed = jnp.einsum("bgcd,bgtc->bgdt", values, flat, preferred_element_type=jnp.float32)
+    return jnp.transpose(mixed.reshape(rows, groups, -1, each, size), (0, 4, 1, 3, 2))
 
 
 def _prefix_scores(

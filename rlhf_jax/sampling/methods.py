@@ -151,6 +151,14 @@ def noise(keys: Keys, position: Int[Array, ""] | int, vocab: int) -> Float[Array
     return -jnp.log(-jnp.log1p(-uniform))
 
 
+def first_largest(x: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """``jnp.argmax`` of rows without NaN. As two plain reductions: in that of pairs, XLA on CPUs
+    computes everything that x is made of, the noise here, element by element."""
+    largest = jnp.max(x, axis=-1, keepdims=True)
+    index = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    return jnp.min(jnp.where(x == largest, index, x.shape[-1] - 1), axis=-1)
+
+
 def draw_token(
     logits: Float[Array, "B V"], keys: Keys, position: Int[Array, ""] | int, sampling: Sampling
 ) -> tuple[Int[Array, " B"], Float[Array, " B"], Float[Array, " B"]]:
@@ -162,7 +170,7 @@ def draw_token(
     scaled = scale_logits(logits, sampling.temperature)
     kept = truncate(scaled, sampling)
     gumbel = noise(keys, position, logits.shape[-1])
-    tokens = jnp.argmax(kept + jnp.where(sampling.temperature > 0, gumbel, 0.0), axis=-1)
+    tokens = first_largest(kept + jnp.where(sampling.temperature > 0, gumbel, 0.0))
     logprobs, _ = token_logprobs(logits, tokens, sampling.temperature)
     behaviour = token_logprobs(kept, tokens)[0] if sampling.truncates else logprobs
-    return tokens.astype(jnp.int32), logprobs, behaviour
+    return tokens, logprobs, behaviour

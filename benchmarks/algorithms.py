@@ -31,15 +31,17 @@ from rlhf_jax.train_policy import train_policy
 ITERATIONS = 20  # of 64 prompts x 4 samples
 PROBLEMS = 1_000  # of the test split
 START = "sft"
-# The section of the algorithm; what it does not say is the paper's. β is what holds the policy near
-# its start: learned rewards are only good there.
+# The section of the algorithm; what it does not say is our default. β is what holds the policy near
+# its start: learned rewards are only good there. In a loss it is k2's: the gradient of k3 is at most β
+# and normalised advantages are of order 1, so k3 holds nothing that they pull.
+NEAR = dict(kl_coef=0.3, kl_estimator="k2")
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "ppo": dict(kl_coef=0.2),
-    "grpo": dict(kl_coef=0.1),
-    "dr_grpo": dict(kl_coef=0.1, constant=32),
-    "dapo": dict(kl_coef=0.1),
-    "gspo": dict(kl_coef=0.1),
-    "cispo": dict(kl_coef=0.1),
+    "grpo": NEAR,
+    "dr_grpo": dict(kl_coef=0.1, kl_estimator="k2", constant=32),
+    "dapo": NEAR,
+    "gspo": NEAR,
+    "cispo": NEAR,
     "rloo": dict(kl_coef=0.2),
     "reinforce_plus_plus": dict(kl_coef=0.2),
     "pe_reinforce": dict(kl_coef=1 / 6),
@@ -48,7 +50,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "online_dpo": dict(),
 }
 # Where PPO's learning rate goes too far: imitation collapses, and pairs pull without end.
-RATES: Mapping[str, float] = {"best_of_n": 1e-4, "online_dpo": 1e-4}
+RATES: Mapping[str, float] = {"best_of_n": 3e-5, "online_dpo": 1e-4}
 OFFLINE = "dpo"
 
 

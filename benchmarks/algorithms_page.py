@@ -124,9 +124,11 @@ def settings_rows(workdir: pathlib.Path, seed: int, methods: Sequence[str]) -> l
         config = read(workdir / f"{method}_{seed}" / "config.json")
         online = "algorithm" in config
         values = {k: v for k, v in config["algorithm" if online else "dpo"].items() if k != "name"}
-        said = ", ".join(f"{k}={v:.3g}" if k != "loss" else v for k, v in values.items())
+        said = ", ".join(
+            f"{k}={v}" if isinstance(v, str) else f"{k}={v:.3g}" for k, v in values.items()
+        )
         optimizer = config["optimizer"]["policy"] if online else config["optimizer"]
-        rows.append([method, said or "the paper's", f"{optimizer['learning_rate']:.0e}"])
+        rows.append([method, said or "defaults", f"{optimizer['learning_rate']:.0e}"])
     return rows
 
 

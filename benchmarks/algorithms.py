@@ -32,8 +32,8 @@ ITERATIONS = 20  # of 64 prompts x 4 samples
 PROBLEMS = 1_000  # of the test split
 START = "sft"
 # The section of the algorithm; what it does not say is our default. β is what holds the policy near
-# its start: learned rewards are only good there. In a loss it is k2's: the gradient of k3 is at most β
-# and normalised advantages are of order 1, so k3 holds nothing that they pull.
+# its start: learned rewards are only good there. In a loss it is k2's: the gradient of k3 is at
+# most β and normalised advantages are of order 1, so k3 holds nothing that they pull.
 NEAR = dict(kl_coef=0.3, kl_estimator="k2")
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "ppo": dict(kl_coef=0.2),

@@ -34,7 +34,7 @@ def policy_config(
         dict(
             seed=0,
             mesh=MESH,
-            model=dict(init_from=str(folder / "model"), remat="none"),
+            model=dict(init_from=str(folder / "model"), remat="products"),
             data=data(folder, prompts, size),
             extra=dict(),
             rollout=rollout(size),

@@ -59,7 +59,7 @@ def config(options: Options, folder: pathlib.Path, pairs: pathlib.Path) -> Confi
             seed=0,
             card=dict(sources=dict(pairs=origin), licence="unknown", limits=("it says nothing",)),
             mesh=MESH,
-            model=dict(init_from=str(folder / "reward"), remat="none"),
+            model=dict(init_from=str(folder / "reward"), remat="products"),
             reward=dict(score_heads=("outcome",)),
             data=dict(tokenizer=str(folder / "reward")),
             sources=dict(pairs=source),

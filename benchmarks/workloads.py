@@ -8,8 +8,9 @@
                            0.04, one update of both
     D  reward-model step   8 pairs, 16 texts of 256 tokens, one update
 
-No token ends a text; updates are AdamW with a clip of the gradient's norm, without remat; all in
-float32. The model has 27 million parameters (Qwen3's layout, 8 layers of width 512).
+No token ends a text; updates are AdamW with a clip of the gradient's norm, products are not
+recomputed; all in float32. The model has 27 million parameters (Qwen3's layout, 8 layers of width
+512).
 
 ``--workdir``, or PEER_BENCH_WORKDIR, is a folder of ``model/``, ``reward/`` and ``value/`` (Hugging
 Face folders; the latter two score), ``prompts.json`` ([{text, ids}]) and ``pairs.json``

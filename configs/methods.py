@@ -73,7 +73,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = tiny()
     config.seed = args.seed
     # A model of a folder has its own sizes; "tiny" is that of random weights.
-    model = dict(init_from=args.init_from, remat="none", compute_dtype="float32")
+    model = dict(init_from=args.init_from, remat="products", compute_dtype="float32")
     config.model = model if args.init_from else dict(name="tiny", **model)
     config.model.update(paper.get("adapters", {}))
     # PE-RLHF's critic is adapters on the policy's base.

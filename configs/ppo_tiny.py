@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
         dict(
             seed=0,
             mesh=dict(data=-1, fsdp=1, tensor=1),  # -1: all devices that remain
-            model=dict(name="tiny", init_from="", remat="none", compute_dtype="float32"),
+            model=dict(name="tiny", init_from="", remat="products", compute_dtype="float32"),
             value=dict(init_from="outcome"),  # "policy", a reward's label, or a folder
             data=dict(
                 name="arithmetic",

@@ -27,7 +27,7 @@ KeysValues = tuple[Float[Array, "B G C Dh"], Float[Array, "B G C Dh"]]
 PrefixKeysValues = tuple[Float[Array, "N G P Dh"], Float[Array, "N G P Dh"]]
 Length = Int[Array, ""] | Int[Array, " B"]
 
-# The name of what a backward pass keeps of a layer without remat: results of projections and of
+# The name of what a backward pass keeps of a layer with remat="products": projections and
 # attention. All else is cheaper to compute again than to write, keep and read; scores and their
 # softmax grow with the square of the length.
 KEPT = "kept"
@@ -119,6 +119,7 @@ class Projection(nn.Module):
         if self.name in config.lora_targets and config.lora_rank > 0:
             rank = (config.lora_rank,)
             low = self._product(x, "lora_a", normal, self.inputs + rank, len(self.inputs))
+            low = checkpoint_name(low, KEPT)
             zeros = nn.initializers.zeros
             up = self._product(low, "lora_b", zeros, rank + self.outputs, 1)
             y = y + (config.lora_alpha / config.lora_rank) * up
@@ -126,7 +127,7 @@ class Projection(nn.Module):
             dtype = jnp.dtype(config.param_dtype)
             bias = self.param("bias", nn.initializers.zeros, self.outputs, dtype)
             y = y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
-        return y
+        return checkpoint_name(y, KEPT)  # the sum alone, not what it is made of
 
     def _product(self, x, name, init, shape, axes):
         """x · W with operands in the compute type, the result in `dtype`.
@@ -141,7 +142,7 @@ class Projection(nn.Module):
         # transposes a copy of dy first and multiplies at half the speed.
         rows = x.reshape(-1, *x.shape[x.ndim - axes :]).astype(compute)
         y = product(rows, weight.astype(compute), axes, self.dtype)
-        return checkpoint_name(y, KEPT).reshape(*x.shape[: x.ndim - axes], *shape[axes:])
+        return y.reshape(*x.shape[: x.ndim - axes], *shape[axes:])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -59,14 +59,15 @@ def full_pass(
         x, _ = block.apply({"params": layer}, x, _choose(both, local))
         return x, None
 
-    policies = jax.checkpoint_policies
-    policy = {
-        "none": policies.save_only_these_names(KEPT),
-        "full": policies.nothing_saveable,
-        "dots": policies.dots_with_no_batch_dims_saveable,
-    }[config.remat]
-    # Inside a scan the loop already keeps the recomputation apart.
-    step = jax.checkpoint(step, policy=policy, prevent_cse=isinstance(layers, list))
+    if config.remat != "none":
+        policies = jax.checkpoint_policies
+        policy = {
+            "products": policies.save_only_these_names(KEPT),
+            "full": policies.nothing_saveable,
+            "dots": policies.dots_with_no_batch_dims_saveable,
+        }[config.remat]
+        # Inside a scan the loop already keeps the recomputation apart.
+        step = jax.checkpoint(step, policy=policy, prevent_cse=isinstance(layers, list))
     local = jnp.array(config.local)
     if isinstance(layers, list):
         for layer, kind in zip(layers, local, strict=True):

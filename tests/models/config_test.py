@@ -16,7 +16,7 @@ from rlhf_jax.models.transformer import decoder
         (dict(head_dim=15), "model.head_dim=15"),
         (dict(width=0), "model.width=0; want a positive"),
         (dict(lora_rank=-1), "model.lora_rank=-1"),
-        (dict(remat="some"), "model.remat='some'; known: none, full, dots"),
+        (dict(remat="some"), "model.remat='some'; known: products, none, full, dots"),
         (dict(compute_dtype="float64"), "model.compute_dtype='float64'; known: float32"),
         (dict(lora_targets=("q",)), "model.lora_targets='q'; known: query"),
         (dict(score_heads=("value", "value")), "names a head twice"),

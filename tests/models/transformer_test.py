@@ -203,7 +203,7 @@ def unrolled():
     return loss_and_grads(model, model.unstack(params))
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+@pytest.mark.parametrize("remat", ["products", "none", "full", "dots"])
 def test_scanned_layers_equal_unrolled_ones_in_values_and_gradients(remat):
     model, params = tiny(**FULL, remat=remat)
     value, grads = loss_and_grads(model, params)

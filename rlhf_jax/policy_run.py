@@ -12,6 +12,7 @@ import numpy as np
 from rlhf_jax import averages, build, roles
 from rlhf_jax.models.lora import partition
 from rlhf_jax.models.transformer import decoder
+from rlhf_jax.ops.masking import fill_padding
 from rlhf_jax.policy_plan import PolicyPlan
 from rlhf_jax.rewards.base import lend_base
 from rlhf_jax.rewards.other_tokens import translated
@@ -223,6 +224,9 @@ def _compile(plan: PolicyPlan, rewards: Mapping[str, Reward], train: TrainState)
     # that was drawn once and one that was refilled would each compile the steps after them.
     def score(state, rollouts):
         scores, state = device.score(state, rollouts)
+        # Whatever a reward says of padding: groups are compared by sums over all columns.
+        process = fill_padding(scores.process, rollouts.mask)
+        scores = dataclasses.replace(scores, process=process)
         return constrain_rows(scores, plan.rules), state
 
     def refill_groups(kept, kept_signal, fresh, fresh_signal):

@@ -52,8 +52,8 @@ def make_watch(config: ConfigDict, needs: Needs) -> Watch | None:
     )
     if watch.every > config.train.steps:
         raise ValueError(
-            f"monitor.every={watch.every} is more than train.steps={config.train.steps}, so nothing "
-            "would ever be evaluated; make it smaller"
+            f"monitor.every={watch.every} is more than train.steps={config.train.steps}, so "
+            "nothing would ever be evaluated; make it smaller"
         )
     _check_labels(watch, config.rewards)
     _check_thresholds(watch.thresholds, config.algorithm.name, needs)

@@ -8,7 +8,14 @@ from ml_collections import ConfigDict
 from configs import quickstart
 from rlhf_jax.evaluate import evaluate
 from rlhf_jax.rehearse import rehearse
-from tests.bad_input_test import config_of, jsonl, made_once, put, trained_run  # noqa: F401
+from tests.bad_input_test import (  # noqa: F401
+    config_of,
+    few_problems,
+    jsonl,
+    made_once,
+    put,
+    trained_run,
+)
 
 LATER = dict(name="jsonl:{workdir}/labels/correctness.jsonl", options=dict())
 REPLAY = dict(kind="texts", **LATER, template="{prompt}", max_length=36, rows=8)
@@ -16,7 +23,7 @@ REPLAY = dict(kind="texts", **LATER, template="{prompt}", max_length=36, rows=8)
 
 def rehearsed(changes, workdir):
     """Plans the stages of the quickstart, changed."""
-    config = quickstart.get_config("small")
+    config = few_problems(quickstart.get_config("small"))
     for path, value in changes.items():
         put(config, f"stages.{path}", value)
     rehearse([(name, config.stages[name]) for name in config.order], str(workdir), ())
@@ -57,14 +64,15 @@ def test_what_is_said_names_the_workdir_as_the_config_does(tmp_path):
 
 
 def test_gold_is_checked_before_the_first_stage(tmp_path):
-    config = quickstart.get_config("small").stages.evaluation.config.to_dict()
+    stages = few_problems(quickstart.get_config("small")).stages
+    config = stages.evaluation.config.to_dict()
     del config["modes"], config["reward"]
     wrong = dict(config, gold=dict(name="outcome_model"))
     changes = {"evaluation.program": "evaluate_gold", "evaluation.config": wrong}
     with pytest.raises(ValueError, match=r"config: gold.name='outcome_model' is a learned reward"):
         rehearsed(changes, tmp_path)
     exact = dict(config, gold=dict(name="exact_match"), problems=10**6)
-    with pytest.raises(ValueError, match=r"config: problems=1000000 but data has 500"):
+    with pytest.raises(ValueError, match=r"config: problems=1000000 but data has 300"):
         rehearsed(changes | {"evaluation.config": exact}, tmp_path)
 
 

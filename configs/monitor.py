@@ -22,7 +22,10 @@ def reward(args: ConfigDict, half: str) -> dict:
     pairs["options"] = dict(half=half)
     config["sources"] = dict(pairs=pairs)
     config["reward"] = dict(score_heads=("outcome",))
-    config["card"] = config["card"] | dict(sources=dict(pairs=config["card"]["sources"]["pairs"]))
+    held_out = quickstart.labels(args, "pairs", "held_out_pairs.jsonl", 64)
+    config["eval"] = dict(every=config["train"]["steps"], sources=dict(held_out=held_out))
+    source = config["card"]["sources"]["pairs"]
+    config["card"]["sources"] = dict(pairs=source, held_out=source)
     return config
 
 

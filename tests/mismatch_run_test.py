@@ -174,6 +174,7 @@ def small(**monitor):
         dict(
             rewards=dict(a=dict(weight=1.0), b=dict(weight=0.0), c=dict(weight=0.0)),
             algorithm=dict(name="grpo"),
+            train=dict(steps=100),
             monitor=dict(proxy="a", every=2) | monitor,
         )
     )
@@ -193,6 +194,7 @@ def test_what_is_not_said_is_as_documented():
 @pytest.mark.parametrize(
     ("monitor", "message"),
     [
+        (dict(every=101), r"monitor.every=101 is more than train.steps=100"),
         (dict(proxy="x"), r"monitor.proxy='x'; wanted one of rewards: a, b, c"),
         (dict(proxy=""), r"monitor.proxy=''; wanted one of rewards"),
         (dict(held_out="x"), r"monitor.held_out='x'; wanted"),

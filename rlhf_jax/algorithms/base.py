@@ -165,27 +165,15 @@ def group_relative(
         if value not in known:
             raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
 
-    def centred(x, mask, group_size):
-        mean, std = groups.masked_group_stats(x, mask, group_size)
-        return (x - mean) / (std + 1e-6) if scale == "std" else x - mean
-
     @jax.named_scope("group_targets")
     def targets(experience, group_size, state):
         mask, scores = experience.rollouts.mask, penalised_scores(experience, surrogate)
         rewards = sequence_rewards(scores, mask)
         if credit == "sequence":
-            if scale == "std":
-                advantages = groups.group_zscore(rewards, group_size)
-            else:
-                advantages = rewards - groups.group_mean(rewards, group_size)
-            advantages = spread(advantages, mask)
+            advantages = spread(_compared(rewards, group_size, scale), mask)
         else:
             ends = experience.rollouts.step_ends & mask
-            (process,) = filled(ends, scores.process)
-            steps = jnp.where(ends, centred(process, ends, group_size), 0.0)
-            outcome = scores.outcome.astype(jnp.float32)[:, None]
-            outcome = centred(outcome, jnp.ones(outcome.shape, bool), group_size)
-            advantages = jnp.where(mask, outcome + reward_to_go(steps, mask), 0.0)
+            advantages = _step_advantages(scores, mask, ends, group_size, scale)
         trained = jnp.asarray(mask)
         if select is not None:  # what is still without signal after the last draw trains nothing
             (process,) = filled(mask, experience.scores.process)
@@ -203,6 +191,27 @@ def group_relative(
     reference, process = surrogate.kl_coef != 0, credit == "steps"
     needs = Needs(reference=reference, process=process, min_group=2)
     return Algorithm(init=lambda: (), targets=targets, loss=loss, needs=needs, select=select)
+
+
+def _compared(rewards, group_size, scale):
+    """Each completion's reward beside those of its group."""
+    if scale == "std":
+        return groups.group_zscore(rewards, group_size)
+    return rewards - groups.group_mean(rewards, group_size)
+
+
+def _step_advantages(scores, mask, ends, group_size, scale):
+    """The outcome beside its group, and what the steps from here on said beside all steps of it."""
+
+    def centred(x, where):
+        mean, std = groups.masked_group_stats(x, where, group_size)
+        return (x - mean) / (std + 1e-6) if scale == "std" else x - mean
+
+    (process,) = filled(ends, scores.process)
+    steps = jnp.where(ends, centred(process, ends), 0.0)
+    outcome = scores.outcome.astype(jnp.float32)[:, None]
+    outcome = centred(outcome, jnp.ones(outcome.shape, bool))
+    return jnp.where(mask, outcome + reward_to_go(steps, mask), 0.0)
 
 
 def policy_metrics(

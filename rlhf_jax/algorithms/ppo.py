@@ -61,11 +61,7 @@ def ppo(
         True
     """
     critic_lam = lam if value_lam is None else value_lam
-    for name, number in (("gamma", gamma), ("lam", lam), ("value_lam", critic_lam)):
-        if not 0 <= number <= 1:
-            raise ValueError(f"ppo: {name}={number}; wanted a number from 0 to 1")
-    if not 0 <= clip <= 1:
-        raise ValueError(f"ppo: clip={clip}; wanted 0 to 1, as a ratio is never below 0")
+    _check(gamma=gamma, lam=lam, value_lam=critic_lam, clip=clip)
     if value_clip is not None and not value_clip > 0:
         raise ValueError(f"ppo: value_clip={value_clip}; wanted more than 0, or None for free")
     if not value_coef >= 0:
@@ -107,3 +103,10 @@ def ppo(
 
     needs = Needs(value=True, reference=kl_coef != 0)
     return Algorithm(init=lambda: (), targets=targets, loss=loss, needs=needs)
+
+
+def _check(*, gamma, lam, value_lam, clip):
+    """Raises ValueError for what must lie between 0 and 1; a ratio is never below 0."""
+    for name, number in dict(gamma=gamma, lam=lam, value_lam=value_lam, clip=clip).items():
+        if not 0 <= number <= 1:
+            raise ValueError(f"ppo: {name}={number}; wanted a number from 0 to 1")

@@ -152,7 +152,7 @@ def test_impossible_values_are_refused():
         ppo(dual_clip=1.1)
     with pytest.raises(ValueError, match=r"dual_clip=1.3; wanted .* 1 \+ the clip above = 1.4"):
         ppo(dual_clip=1.3, clip_high=0.4)
-    with pytest.raises(ValueError, match=r"ppo: clip=1.2; wanted 0 to 1"):
+    with pytest.raises(ValueError, match=r"ppo: clip=1.2; wanted a number from 0 to 1"):
         ppo(clip=1.2)
     with pytest.raises(ValueError, match=r"value_clip=-1; wanted more than 0, or None"):
         ppo(value_clip=-1)

@@ -38,7 +38,7 @@ def test_a_run_has_a_seed_and_known_keys(kind, tmp_path):
         assert stage.config.seed == 7, name
 
 
-@pytest.mark.parametrize("kind", ["main", "longer"])
+@pytest.mark.parametrize("kind", ["main", pytest.param("longer", marks=pytest.mark.slow)])
 def test_what_starts_from_nothing_can_be_planned(kind, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     config = few_problems(config_of(Run(kind, 0), tmp_path, small=True))

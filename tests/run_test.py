@@ -188,7 +188,10 @@ def test_killed_during_a_checkpoint_repeats_itself(whole, start, run, tmp_path):
     assert_same_run(workdir, whole)
 
 
-@pytest.mark.parametrize("mesh", [{"data": 2, "tensor": 2}, {"data": 1, "fsdp": 4}], ids=str)
+MESHES = [{"data": 2, "tensor": 2}, pytest.param({"data": 1, "fsdp": 4}, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_four_devices_are_one(whole, programs, tmp_path, mesh, monkeypatch):
     """Generate, score, evaluate and update give the numbers of one device; compiled once each."""
     config = get_config()

@@ -73,10 +73,10 @@ def test_toys_are_short():
     "algorithm",
     [
         dict(name="ppo", kl_coef=0.0),  # a separate critic: a tree and an optimizer of its own
-        dict(name="rloo", kl_coef=0.0),
+        pytest.param(dict(name="rloo", kl_coef=0.0), marks=pytest.mark.slow),
         dict(name="superhf", kl_coef=0.01),
         dict(name="online_dpo"),
-        dict(name="best_of_n"),
+        pytest.param(dict(name="best_of_n"), marks=pytest.mark.slow),
     ],
     ids=lambda algorithm: algorithm["name"].rpartition(".")[2],
 )

@@ -3,8 +3,7 @@
 Yu et al., 2025, DAPO, https://arxiv.org/abs/2503.14476, section 3.2. Shapes never change: the
 best N groups seen so far are kept, those with signal first, in the order in which they were
 drawn. What is still without signal after the last draw fills the batch up, is counted, and trains
-nothing: an algorithm's own `select` is for groups whose advantages are zero, and the wrapper
-`algorithms.wrappers.select` empties their masks.
+nothing: whoever selects empties the masks of these groups in its targets.
 """
 
 import jax

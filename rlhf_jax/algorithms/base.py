@@ -5,7 +5,6 @@ of one prompt: its members differ in values alone.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +81,7 @@ def sequence_kl(experience: Experience, estimator: str) -> Float[Array, " B"]:
 def has_signal(scores: Scores, group_size: int) -> Bool[Array, " N"]:
     """Groups whose rewards are not all equal: only these say which sample is better.
 
+    Process scores count in every column: those of padding are to be 0 (`masking.fill_padding`).
     Yu et al. 2025, https://arxiv.org/abs/2503.14476, equation 11, for any reward.
     """
     rewards = scores.outcome.astype(jnp.float32) + jnp.sum(scores.process, axis=-1)
@@ -143,7 +143,6 @@ def group_relative(
     *,
     scale: str = "std",
     credit: str = "sequence",
-    select: Callable[[Scores, int], Array] | None = None,
 ) -> Algorithm:
     """An algorithm whose baseline is the mean of the group: GRPO and its descendants.
 
@@ -158,7 +157,6 @@ def group_relative(
         surrogate: the values of the loss.
         scale: "std" or "none".
         credit: "sequence", or "steps": process scores at `step_ends` train what led to them.
-        select: which groups train; see `types.Algorithm`.
     """
     check_surrogate(surrogate)
     for name, value, known in (("scale", scale, SCALES), ("credit", credit, CREDITS)):
@@ -174,14 +172,8 @@ def group_relative(
         else:
             ends = experience.rollouts.step_ends & mask
             advantages = _step_advantages(scores, mask, ends, group_size, scale)
-        trained = jnp.asarray(mask)
-        if select is not None:  # what is still without signal after the last draw trains nothing
-            (process,) = filled(mask, experience.scores.process)
-            signal = select(dataclasses.replace(experience.scores, process=process), group_size)
-            kept = groups.repeat_groups(signal, group_size)
-            trained = trained & kept[:, None]
         returns = spread(rewards, mask)
-        return Targets(advantages=advantages, returns=returns, mask=trained), state
+        return Targets(advantages=advantages, returns=returns, mask=jnp.asarray(mask)), state
 
     @jax.named_scope("group_loss")
     def loss(output, experience, targets, group_size):
@@ -190,7 +182,7 @@ def group_relative(
 
     reference, process = surrogate.kl_coef != 0, credit == "steps"
     needs = Needs(reference=reference, process=process, min_group=2)
-    return Algorithm(init=lambda: (), targets=targets, loss=loss, needs=needs, select=select)
+    return Algorithm(init=lambda: (), targets=targets, loss=loss, needs=needs)
 
 
 def _compared(rewards, group_size, scale):

@@ -6,12 +6,13 @@ Yu et al. 2025, https://arxiv.org/abs/2503.14476, equations 8 to 12.
     L   = −(1 / Σ_i |y_i|) Σ_i Σ_t min(ρ A, clip(ρ, 1 − ε_low, 1 + ε_high) A)
 
 It differs from GRPO in ε_high > ε_low, in that every token of the batch weighs the same, and in
-`select`: groups whose rewards are all equal give way to further draws, up to
+`wrappers.select`: groups whose rewards are all equal give way to further draws, up to
 ``rollout.max_draws`` of them. The paper's soft penalty for long answers is the reward `overlong`;
 leaving cut-off answers out is the key ``omit_truncated``.
 """
 
-from rlhf_jax.algorithms.base import group_relative, has_signal
+from rlhf_jax.algorithms.base import group_relative
+from rlhf_jax.algorithms.wrappers import select
 from rlhf_jax.ops.surrogate import Surrogate
 from rlhf_jax.types import Algorithm
 
@@ -39,4 +40,4 @@ def dapo(
     surrogate = Surrogate(
         clip_low=clip_low, clip_high=clip_high, kl_coef=kl_coef, kl_estimator=kl_estimator
     )
-    return group_relative(surrogate, select=has_signal)
+    return select(group_relative(surrogate), how="signal")

@@ -12,10 +12,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.algorithms.base import sequence_rewards
+from rlhf_jax.algorithms.base import has_signal
 from rlhf_jax.ops import groups
 from rlhf_jax.ops.importance import check_bounds, held_weights, log_weights
-from rlhf_jax.ops.masking import mean_of
+from rlhf_jax.ops.masking import fill_padding, mean_of
 from rlhf_jax.types import Algorithm
 
 SELECTIONS = ("signal", "range")
@@ -130,18 +130,22 @@ def select(
     _check_selection(how, reward, low, high)
 
     def chosen(scores, group_size):
-        values = _part(scores, reward)
-        if how == "signal":
-            kept = groups.group_varies(values, group_size)
-        else:
-            mean = groups.group_mean(values, group_size)[::group_size]
+        if how == "range":
+            mean = groups.group_mean(_part(scores, reward), group_size)[::group_size]
             # What is not a number stays, and the update sees it.
             kept = ~((mean < low - _EDGE) | (mean > high + _EDGE))
+        elif reward is None:
+            kept = has_signal(scores, group_size)
+        else:
+            kept = groups.group_varies(_part(scores, reward), group_size)
         return kept if algorithm.select is None else kept & algorithm.select(scores, group_size)
 
     def targets(experience, group_size, state):
         made, state = algorithm.targets(experience, group_size, state)
-        kept = groups.repeat_groups(chosen(experience.scores, group_size), group_size)
+        # Padding may hold anything, and `has_signal` adds up all columns.
+        process = fill_padding(experience.scores.process, experience.rollouts.mask)
+        scores = dataclasses.replace(experience.scores, process=process)
+        kept = groups.repeat_groups(chosen(scores, group_size), group_size)
         return dataclasses.replace(made, mask=made.mask & kept[:, None]), state
 
     return algorithm._replace(targets=targets, select=chosen)
@@ -157,9 +161,7 @@ def _check_terms(key, terms):
 
 
 def _part(scores, reward):
-    """One number per completion: a part of the scores, or the whole reward."""
-    if reward is None:
-        return sequence_rewards(scores, jnp.ones(scores.process.shape, bool))
+    """One number per completion: a part of the scores."""
     if reward not in scores.parts:
         raise ValueError(f"select: no reward {reward!r}; known: {', '.join(sorted(scores.parts))}")
     return scores.parts[reward]

@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
+from rlhf_jax.algorithms.base import has_signal
 from rlhf_jax.ops.divergence import kl_estimate
-from rlhf_jax.ops.groups import group_varies
 from rlhf_jax.ops.importance import log_weights
 from rlhf_jax.ops.masking import masked_sum, mean_of
 from rlhf_jax.ops.metrics import single
@@ -23,8 +23,7 @@ def signal_metrics(scores: Scores, group_size: int) -> dict[str, Mean]:
     """
     if group_size == 1:
         return {}
-    rewards = scores.outcome + jnp.sum(scores.process, axis=-1)
-    return {"rollout/groups_without_signal": _mean(~group_varies(rewards, group_size))}
+    return {"rollout/groups_without_signal": _mean(~has_signal(scores, group_size))}
 
 
 def batch_metrics(

@@ -9,7 +9,7 @@ from rlhf_jax.models.transformer import decoder
 from rlhf_jax.sampling.methods import make_sampling
 from rlhf_jax.sampling.sampler import generate
 from rlhf_jax.training.experience import (
-    COMPILER_OPTIONS,
+    exact_options,
     make_evaluate_step,
     make_experience,
     on_mesh,
@@ -74,7 +74,8 @@ class Loop:
             return batch_metrics(experience, entropy, step, reference=False)
 
         self.sample = jax.jit(sample)
-        self.evaluate = jax.jit(on_mesh(evaluate, self.mesh), compiler_options=COMPILER_OPTIONS)
+        options = exact_options(self.mesh)
+        self.evaluate = jax.jit(on_mesh(evaluate, self.mesh), compiler_options=options)
         self.monitor = jax.jit(monitor)
         self.update = compile_update(update, self.state, self.mesh)
 

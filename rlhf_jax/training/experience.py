@@ -28,6 +28,10 @@ from rlhf_jax.types import (
 # them in another; old log-probs would differ from the update's by up to 0.1 nats.
 COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
 
+# XLA on CPUs hands products and sums to a library that joins them into larger kernels, in one
+# program otherwise than in another: a sum after a product then adds up in another order.
+APART = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+
 Evaluated = tuple[CompletionOutput, CompletionOutput | None, CompletionOutput | None]
 
 
@@ -119,7 +123,29 @@ def compile_score(score: Callable[[Any, Rollouts], tuple[Scores, Any]]) -> Score
 
 def compile_evaluate(evaluate_step: Callable, mesh: Mesh) -> Callable:
     """Compiles an evaluate step; call it under ``jax.set_mesh(mesh)``. Nothing is donated."""
-    return jax.jit(on_mesh(evaluate_step, mesh), compiler_options=COMPILER_OPTIONS)
+    return jax.jit(on_mesh(evaluate_step, mesh), compiler_options=exact_options(mesh))
+
+
+def exact_options(mesh: Mesh) -> dict[str, bool | str]:
+    """Compiler options under which evaluate and update steps round alike.
+
+    With them the first ratio of an update is exactly 1 at any size that was tried
+    (docs/results/workloads.md has what they cost).
+    """
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return COMPILER_OPTIONS | (APART if on_cpu and _compiles_with_apart() else {})
+
+
+@functools.cache
+def _compiles_with_apart() -> bool:
+    """Whether this jaxlib knows the option: it is an experimental one."""
+    try:
+        jax.jit(lambda: 0, compiler_options=APART).lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" not in str(error):
+            raise
+        return False
+    return True
 
 
 def constrain_rows(tree: Any, rules: Any, *, chunked: bool = False) -> Any:

@@ -23,7 +23,7 @@ from rlhf_jax.ops.groups import split_chunks
 from rlhf_jax.ops.masking import masked_var, mean_of
 from rlhf_jax.ops.metrics import single
 from rlhf_jax.ops.surrogate import filled
-from rlhf_jax.training.experience import COMPILER_OPTIONS, constrain_rows, on_mesh
+from rlhf_jax.training.experience import constrain_rows, exact_options, on_mesh
 from rlhf_jax.training.gradients import (
     Carry,
     Optimizers,
@@ -134,7 +134,7 @@ def compile_update(step: UpdateStep, state: TrainState, mesh: Mesh) -> UpdateSte
         on_mesh(step, mesh),
         donate_argnums=0,
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
-        compiler_options=COMPILER_OPTIONS,
+        compiler_options=exact_options(mesh),
     )
 
 

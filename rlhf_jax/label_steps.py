@@ -152,10 +152,10 @@ def label_steps(config: ConfigDict, workdir: str) -> Numbers:
     folder = run_folder.prepare(workdir, config, {})
     if found is None:
         problems = read_problems(sampler.prompts, config.label.problems)
-        parts = open_parts(folder, fingerprint(problems))
+        parts = open_parts(folder, fingerprint(problems, sampler.digest()))
         found = draw_solutions(config, sampler, parts)
     else:
-        parts = open_parts(folder, fingerprint(found.solutions))
+        parts = open_parts(folder, fingerprint(found.solutions, sampler.digest()))
     every, limit = prefixes_of(found), config.data.max_prompt
     kept = [one for one in every if one.length <= limit or config.data.overlong == "truncate"]
     long = sum(one.length > limit for one in every)

@@ -4,17 +4,22 @@ A part is a JSONL file in the folder ``parts/`` of a run, there whole or not at 
 in order, and which work belongs to which must depend on the config alone.
 """
 
+import functools
+import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jaxtyping import Shaped, UInt32
 
 from rlhf_jax import run_folder
 from rlhf_jax.training.writer import write_json, write_parts
+from rlhf_jax.types import Array, Params
 
 Lines = list[dict[str, Any]]
 
@@ -34,14 +39,40 @@ def open_parts(folder: pathlib.Path, fingerprint: str) -> pathlib.Path:
         before = json.loads(read_shared(path))["sha256"]
         if before != fingerprint:
             raise ValueError(
-                f"{parts} holds work on other solutions than those of now (sha256 {before[:12]} "
-                f"there, {fingerprint[:12]} now); use a new workdir"
+                f"{parts} holds work on other solutions, or by another policy, than those of now "
+                f"(sha256 {before[:12]} there, {fingerprint[:12]} now); use a new workdir"
             )
     elif jax.process_index() == 0:
         parts.mkdir(exist_ok=True)
         write_json(path, {"sha256": fingerprint})
     run_folder.barrier("parts opened")
     return parts
+
+
+def weights_digest(params: Params) -> str:
+    """A digest of weights: the same for the same bits, on any mesh; for others almost surely not.
+
+    Each leaf gives  Σ_i bits_i · (2i + 1)  modulo 2^32, i counted along every axis with a factor
+    of its own: integers add up to the same in any order. A folder that was trained anew has other
+    weights and the same name.
+    """
+    sums = jax.device_get(jax.tree.map(_bit_sum, params))
+    named = jax.tree_util.tree_leaves_with_path(sums)
+    lines = (f"{jax.tree_util.keystr(path)} {int(total)}" for path, total in named)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@jax.jit
+def _bit_sum(leaf: Shaped[Array, "..."]) -> UInt32[Array, ""]:
+    kinds = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+    bits = jax.lax.bitcast_convert_type(leaf, kinds[leaf.dtype.itemsize]).astype(jnp.uint32)
+    places = (
+        jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        * jnp.uint32(2 * pow(10007, axis, 2**31))
+        for axis in range(leaf.ndim)
+    )
+    place = functools.reduce(jnp.add, places, jnp.ones(leaf.shape, jnp.uint32))
+    return jnp.sum(bits * place, dtype=jnp.uint32)
 
 
 def through_parts(

@@ -19,6 +19,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.passes import check_positions
 from rlhf_jax.models.transformer import decoder
 from rlhf_jax.ops.masking import masked_sum
+from rlhf_jax.parts import weights_digest
 from rlhf_jax.sampling.methods import make_sampling
 from rlhf_jax.sampling.sampler import generate
 from rlhf_jax.schema import within
@@ -197,6 +198,11 @@ class PolicySampler:
         its mean is the KL."""
         gap = self.logprobs(rollouts) - reference.logprobs(rollouts)
         return fetch_host(masked_sum(gap, rollouts.mask, axis=-1))
+
+    def digest(self) -> str:
+        """What tells this policy's weights from others; see `parts.weights_digest`."""
+        with jax.set_mesh(self._mesh):
+            return weights_digest(self._load())
 
     def _load(self) -> Params:
         """The policy's parameters; read once."""

@@ -240,9 +240,13 @@ def of_lines(lines: Sequence[Mapping[str, Any]], sampler: PolicySampler) -> Foun
     return collected.found("the policy")
 
 
-def fingerprint(content: Iterable[Problem | Solution]) -> str:
-    """A digest of what labels are made from, beside the config."""
-    digest = hashlib.sha256()
+def fingerprint(content: Iterable[Problem | Solution], weights: str) -> str:
+    """A digest of what labels are made from, beside the config.
+
+    Args:
+        weights: a digest of the policy's.
+    """
+    digest = hashlib.sha256(weights.encode())
     for one in content:
         digest.update(json.dumps(one).encode())
     return digest.hexdigest()

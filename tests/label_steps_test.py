@@ -252,6 +252,15 @@ def test_other_solutions_do_not_go_on_with_the_parts_of_the_first(filed, policy,
         shutil.copy(tmp_path / "copy" / "in.jsonl", path)
 
 
+def test_weights_trained_anew_do_not_go_on_with_the_parts_of_the_first(filed, policy, monkeypatch):
+    folder, _ = filed
+    config = of_lines(policy, folder.parent, LINES, max_prompt=20, overlong="skip")
+    digest = PolicySampler.digest
+    monkeypatch.setattr(PolicySampler, "digest", lambda sampler: digest(sampler)[::-1])
+    with pytest.raises(ValueError, match=r"by another policy.*new workdir"):
+        label_steps(config, str(folder))
+
+
 def test_records_of_the_data_may_hold_their_solutions(policy, tmp_path):
     lines = [{"q": "ab", "steps": ["a", "b"]}, {"q": "b", "solution": "a\nb\na"}] * 2
     config = config_of(policy, solutions="data", problems=2)

@@ -17,6 +17,7 @@ from rlhf_jax.policy_plan import PolicyPlan
 from rlhf_jax.rewards.base import lend_base
 from rlhf_jax.rewards.other_tokens import translated
 from rlhf_jax.sampling.sampler import generate
+from rlhf_jax.training.critic import make_critic_step
 from rlhf_jax.training.experience import (
     compile_evaluate,
     compile_score,
@@ -32,7 +33,7 @@ from rlhf_jax.types import Params, Prompts, Reward, Rollouts, RunState, Texts, T
 
 
 class Steps(NamedTuple):
-    """The compiled programs of one iteration; the last three are None where nobody needs them."""
+    """The compiled programs of one iteration; the last four are None where nobody needs them."""
 
     generate: Callable[..., Rollouts]
     score: Callable[..., Any] | None
@@ -42,6 +43,7 @@ class Steps(NamedTuple):
     select: Callable[..., Any] | None
     refill: Callable[..., Any] | None
     update_rewards: Callable[..., Any] | None
+    update_critic: Callable[..., Any] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,16 +237,13 @@ def _compile(plan: PolicyPlan, rewards: Mapping[str, Reward], train: TrainState)
 
     device, select = rewards.get("device"), algorithm.select
     evaluate = make_evaluate_step(models, needs, temperature=temperature, rows=sizes.rows)
-    update = make_update_step(
-        models,
-        algorithm,
-        plan.optimizers,
-        epochs=config.updates.epochs,
-        minibatches=config.updates.minibatches,
-        microbatches=config.updates.microbatches,
-        temperature=temperature,
-        group_size=sizes.samples,
-    )
+    parts = {name: config.updates[name] for name in ("epochs", "minibatches", "microbatches")}
+    given = parts | dict(temperature=temperature, group_size=sizes.samples)
+    update = make_update_step(models, algorithm, plan.optimizers, **given)
+    critic = None
+    if plan.pretraining.steps:
+        alone = make_critic_step(models, plan.pretraining.algorithm, plan.optimizers, **given)
+        critic = compile_update(alone, train, plan.mesh)
     online = device is not None and device.update is not None
     return Steps(
         generate=jax.jit(sample),
@@ -255,6 +254,7 @@ def _compile(plan: PolicyPlan, rewards: Mapping[str, Reward], train: TrainState)
         select=jax.jit(select_groups) if select else None,
         refill=jax.jit(refill_groups) if select else None,
         update_rewards=jax.jit(device.update, donate_argnums=0) if online else None,
+        update_critic=critic,
     )
 
 

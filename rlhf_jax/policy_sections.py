@@ -22,6 +22,19 @@ class Select(TypedDict):
     high: NotRequired[float]
 
 
+class Pretrain(TypedDict):
+    """The first steps of a run, in which the critic alone trains (`rlhf_jax.training.critic`)."""
+
+    steps: Count  # of train.steps
+
+
+class Value(TypedDict):
+    """The critic: where its parameters come from, and how long it trains alone."""
+
+    init_from: str
+    pretrain: NotRequired[Pretrain]
+
+
 class AlgorithmWrappers(TypedDict):
     """The keys of an algorithm's section that do not go to its function."""
 

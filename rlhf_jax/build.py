@@ -164,7 +164,7 @@ def mesh(config: ConfigDict) -> tuple[Mesh, ShardingRules]:
 
 def algorithm(config: ConfigDict, **ours: Any) -> Algorithm:
     """The algorithm that ``config.algorithm.name`` names with its wrappers, in the order
-    correction, omit_truncated, select; the section's other keys go to its function.
+    correction, omit_truncated, select, imitate; the section's other keys go to its function.
 
     Args:
         ours: arguments in place of the section's, where the function takes them.

@@ -22,6 +22,14 @@ class Select(TypedDict):
     high: NotRequired[float]
 
 
+class Imitate(TypedDict):
+    """The likelihood of right completions, beside the loss."""
+
+    reward: str  # label of the reward that says which are right
+    above: float  # this score of it
+    weight: float
+
+
 class Pretrain(TypedDict):
     """The first steps of a run, in which the critic alone trains (`rlhf_jax.training.critic`)."""
 
@@ -42,6 +50,7 @@ class AlgorithmWrappers(TypedDict):
     correction: NotRequired[Correction]
     omit_truncated: NotRequired[bool]
     select: NotRequired[Select]
+    imitate: NotRequired[Imitate]
 
 
 class Axis(TypedDict):

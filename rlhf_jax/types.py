@@ -263,7 +263,7 @@ class Algorithm(NamedTuple):
     select(scores, group_size) -> Bool[N], or None: which groups carry signal
     wraps: which of `algorithms.wrappers` may be put around it. "correction" wants a policy term
         that is proportional to the advantage of every token, "omit_truncated" rows whose parts in
-        the loss do not depend on other rows' masks.
+        the loss do not depend on other rows' masks, "imitate" log-probs that are the policy's.
     """
 
     init: Callable[[], Any]
@@ -271,7 +271,7 @@ class Algorithm(NamedTuple):
     loss: Callable[..., tuple[dict[str, Term], dict[str, Mean]]]
     needs: Needs
     select: Callable[[Scores, int], Array] | None = None
-    wraps: tuple[str, ...] = ("correction", "omit_truncated", "select")
+    wraps: tuple[str, ...] = ("correction", "omit_truncated", "select", "imitate")
 
 
 class Reward(NamedTuple):

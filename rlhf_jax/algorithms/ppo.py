@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.algorithms.base import policy_terms, token_rewards
 from rlhf_jax.ops import masking
-from rlhf_jax.ops.returns import gae
+from rlhf_jax.ops.returns import gae, length_adaptive_lambda
 from rlhf_jax.ops.surrogate import Surrogate, aggregate, check_surrogate, filled, value_error
 from rlhf_jax.types import Algorithm, Needs, Targets, Term
 
@@ -24,7 +24,8 @@ from rlhf_jax.types import Algorithm, Needs, Targets, Term
 def ppo(
     *,
     gamma: float | int = 1.0,
-    lam: float | int = 0.95,
+    lam: float | int | None = None,
+    lam_alpha: float | int | None = None,
     value_lam: float | int | None = None,
     kl_coef: float | int = 0.02,
     kl_estimator: str = "k1",
@@ -41,7 +42,9 @@ def ppo(
 
     Args:
         gamma: discount per token.
-        lam: λ of the advantage estimate; 1 is Monte Carlo.
+        lam: λ of the advantage estimate; 1 is Monte Carlo. None = 0.95, or what `lam_alpha` says.
+        lam_alpha: α of λ = 1 − 1/(α tokens) for each completion in place of `lam`, and 0 for those
+            of 1/α tokens or fewer (Yue et al. 2025, VAPO, https://arxiv.org/abs/2504.05118: 0.05).
         value_lam: λ of what the critic learns; None = `lam`. 1 takes the critic's own bias out of
             its targets (Yuan et al. 2025, VC-PPO, https://arxiv.org/abs/2503.01491, section 4.2).
         kl_coef: β, per nat of divergence from the reference; 0 needs no reference.
@@ -60,8 +63,11 @@ def ppo(
         >>> algorithm.needs.value
         True
     """
-    critic_lam = lam if value_lam is None else value_lam
-    _check(gamma=gamma, lam=lam, value_lam=critic_lam, clip=clip)
+    if lam_alpha is not None:
+        _check_alpha(lam_alpha, lam)
+    elif lam is None:
+        lam = 0.95
+    _check(gamma=gamma, lam=lam, value_lam=value_lam, clip=clip)
     if value_clip is not None and not value_clip > 0:
         raise ValueError(f"ppo: value_clip={value_clip}; wanted more than 0, or None for free")
     if not value_coef >= 0:
@@ -82,9 +88,11 @@ def ppo(
         del group_size  # every completion has its own baseline, the critic
         mask = experience.rollouts.mask
         rewards = token_rewards(experience, kl_coef=surrogate.reward_kl, estimator=kl_estimator)
-        advantages, returns = gae(rewards, experience.values, mask, gamma=gamma, lam=lam)
-        if critic_lam != lam:
-            _, returns = gae(rewards, experience.values, mask, gamma=gamma, lam=critic_lam)
+        values = experience.values
+        actor_lam = lam if lam_alpha is None else length_adaptive_lambda(mask, lam_alpha)
+        advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=actor_lam)
+        if value_lam not in (None, lam):
+            _, returns = gae(rewards, values, mask, gamma=gamma, lam=value_lam)
         if whiten:
             advantages = masking.whiten(advantages, mask)
         return Targets(advantages=advantages, returns=returns, mask=jnp.asarray(mask)), state
@@ -105,8 +113,16 @@ def ppo(
     return Algorithm(init=lambda: (), targets=targets, loss=loss, needs=needs)
 
 
-def _check(*, gamma, lam, value_lam, clip):
+def _check_alpha(alpha, lam):
+    """Raises ValueError for a λ that is said twice, and for an α that gives none."""
+    if lam is not None:
+        raise ValueError(f"ppo: lam={lam} and lam_alpha={alpha} are both λ; leave one of them out")
+    if not alpha > 0:
+        raise ValueError(f"ppo: lam_alpha={alpha}; wanted more than 0, such as 0.05")
+
+
+def _check(**numbers):
     """Raises ValueError for what must lie between 0 and 1; a ratio is never below 0."""
-    for name, number in dict(gamma=gamma, lam=lam, value_lam=value_lam, clip=clip).items():
-        if not 0 <= number <= 1:
+    for name, number in numbers.items():
+        if number is not None and not 0 <= number <= 1:
             raise ValueError(f"ppo: {name}={number}; wanted a number from 0 to 1")

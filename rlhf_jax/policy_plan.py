@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rlhf_jax import averages, build, roles
+from rlhf_jax.controls import Controls, make_controls
 from rlhf_jax.data.examples import ExampleSource
 from rlhf_jax.data.prompts import PromptSource
 from rlhf_jax.mesh import ShardingRules
@@ -54,6 +55,7 @@ class PolicyPlan(NamedTuple):
     algorithm: Algorithm
     optimizers: Mapping[str, Any]
     pretraining: Pretraining
+    controls: Controls
     writers: Mapping[str, Writer]
     watch: Watch | None
 
@@ -82,6 +84,8 @@ def make_plan(
     described = describe_models(config, text.vocab_size, algorithm, own)
     check_lengths(config, described)
     pretraining = make_pretraining(config, algorithm, described)
+    rollouts = sizes.prompts * sizes.samples
+    controls = make_controls(config, algorithm, described["policy"], rollouts)
     watch = make_watch(config, algorithm.needs)
     made = {role: decoder(model, rules) for role, model in described.items()}
     if starts:
@@ -120,6 +124,7 @@ def make_plan(
         algorithm=algorithm,
         optimizers=made_optimizers,
         pretraining=pretraining,
+        controls=controls,
         writers=writers(config, own, {k: described[f"reward/{k}"].vocab_size for k in own}),
         watch=watch,
     )

@@ -30,6 +30,27 @@ class Imitate(TypedDict):
     weight: float
 
 
+class KlController(TypedDict):
+    """The KL coefficient follows the KL; see `rlhf_jax.ops.controllers`."""
+
+    target: float  # nats per completion
+    horizon: Count  # completions
+
+
+class ReferenceController(TypedDict):
+    """The reference follows the policy."""
+
+    every: Count  # steps of the policy
+    decay: NotRequired[float]  # what stays of it, 0: it becomes the policy
+
+
+class Controllers(TypedDict):
+    """Numbers of a run that follow what it measures; see `rlhf_jax.controls`."""
+
+    kl_coef: NotRequired[KlController]
+    reference: NotRequired[ReferenceController]
+
+
 class Pretrain(TypedDict):
     """The first steps of a run, in which the critic alone trains (`rlhf_jax.training.critic`)."""
 

@@ -122,10 +122,14 @@ def iterate(run: PolicyRun, state: RunState, step: int) -> tuple[RunState, Itera
         rollouts, scores, state, drawn = collect(run, state, step)
         outputs = run.steps.evaluate(state.train.params, frozen, rollouts)
     extra = run.fetch_extra(state)
-    experience = make_experience(rollouts, scores, *outputs, extra)
+    kl_coef = state.controllers.get("kl_coef")  # None: the algorithm's own
+    experience = make_experience(rollouts, scores, *outputs, extra, kl_coef)
     metrics = add(drawn, run.steps.monitor(experience, outputs[0], state.train.step))
     metrics = add(metrics, axis_metrics(run.plan.config.rollout, sizes.prompts, sizes.lr_factor))
     state, learnt = learn(run, state, step, experience)
+    if step >= run.plan.pretraining.steps:
+        state, driven = run.control(state, step, metrics)
+        metrics = add(metrics, driven)
     return state, Iteration(rollouts, scores, add(metrics, learnt))
 
 

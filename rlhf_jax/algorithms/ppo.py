@@ -14,7 +14,7 @@ token instead of one baseline per group) and in where the KL stands (reward inst
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.algorithms.base import policy_terms, token_rewards
+from rlhf_jax.algorithms.base import drivable, driven, policy_terms, token_rewards
 from rlhf_jax.ops import masking
 from rlhf_jax.ops.returns import gae, length_adaptive_lambda
 from rlhf_jax.ops.surrogate import Surrogate, aggregate, check_surrogate, filled, value_error
@@ -87,7 +87,8 @@ def ppo(
     def targets(experience, group_size, state):
         del group_size  # every completion has its own baseline, the critic
         mask = experience.rollouts.mask
-        rewards = token_rewards(experience, kl_coef=surrogate.reward_kl, estimator=kl_estimator)
+        beta = driven(experience, surrogate.reward_kl)
+        rewards = token_rewards(experience, kl_coef=beta, estimator=kl_estimator)
         values = experience.values
         actor_lam = lam if lam_alpha is None else length_adaptive_lambda(mask, lam_alpha)
         advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=actor_lam)
@@ -110,7 +111,8 @@ def ppo(
         return terms, metrics | {"value/squared_error": error}
 
     needs = Needs(value=True, reference=kl_coef != 0)
-    return Algorithm(init=lambda: (), targets=targets, loss=loss, needs=needs)
+    made = Algorithm(init=lambda: (), targets=targets, loss=loss, needs=needs)
+    return made._replace(kl_coef=drivable(kl_coef))
 
 
 def _check_alpha(alpha, lam):

@@ -9,6 +9,7 @@
 Minibatches and microbatches are whole groups; the innermost two lines are `gradients.descend`.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -194,6 +195,15 @@ def run_epochs(
     plan: Plan, problem: Problem, carry: Carry, batch: Batch, key: jax.Array
 ) -> tuple[Carry, Metrics]:
     """All epochs of a batch; the roles of ``carry`` train. Metrics are [epochs, minibatches]."""
+    # The only leaf without rows to permute and split: it joins every microbatch again.
+    kl_coef = batch.experience.kl_coef
+    batch = batch._replace(experience=dataclasses.replace(batch.experience, kl_coef=None))
+
+    def loss(output, chunk):
+        experience = dataclasses.replace(chunk.experience, kl_coef=kl_coef)
+        return problem.loss(output, chunk._replace(experience=experience))
+
+    joined = problem._replace(loss=loss)
     shuffles = plan.epochs * plan.minibatches > 1
 
     def run_epoch(carry, epoch):
@@ -202,7 +212,7 @@ def run_epochs(
             rows = permute_groups(batch, jax.random.fold_in(key, epoch), plan.group_size)
             rows = constrain_rows(rows, plan.models.policy.rules)
         chunks = split_groups(rows, plan.minibatches, plan.group_size)
-        return jax.lax.scan(functools.partial(_run_minibatch, plan, problem), carry, chunks)
+        return jax.lax.scan(functools.partial(_run_minibatch, plan, joined), carry, chunks)
 
     return jax.lax.scan(run_epoch, carry, jnp.arange(plan.epochs))
 

@@ -13,7 +13,7 @@ from rlhf_jax import policy_run, sections, train_policy
 from rlhf_jax.algorithms.grpo import grpo
 from rlhf_jax.algorithms.online_dpo import online_dpo
 from rlhf_jax.algorithms.ppo import ppo
-from rlhf_jax.controls import Controls, make_controls
+from rlhf_jax.controls import Controls, ReferenceControl, compile_reference, make_controls
 from rlhf_jax.models.config import named_size
 from rlhf_jax.policy_plan import Pretraining, make_pretraining, optimizers
 from tests import compiling
@@ -161,7 +161,21 @@ def test_bad_keys_of_controllers_are_named(controllers, message):
         sections.check("train_policy", controlled(**controllers))
 
 
-# A run with all of it
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_a_moved_reference_outlives_the_policy_that_it_was(decay):
+    """Its buffers are its own: the next update donates the policy's. A head is no part of it."""
+    policy = {"trunk": jnp.arange(4.0), "heads": {"value": jnp.ones(2)}}
+    reference = {"trunk": jnp.full(4, 2.0)}
+    move = compile_reference(ReferenceControl(1, decay), reference)
+    reference = move(reference, policy)
+    jax.jit(lambda x: x + 1, donate_argnums=0)(policy["trunk"])
+    assert policy["trunk"].is_deleted()
+    assert reference.keys() == {"trunk"}
+    wanted = decay * 2.0 + (1 - decay) * np.arange(4.0)
+    np.testing.assert_array_equal(reference["trunk"], wanted)
+
+
+# A run with all of it; tests/mismatch_run_test.py resumes controllers in the ordinary suite.
 
 STEPS, PRETRAIN, EVERY = 8, 3, 2
 
@@ -230,18 +244,21 @@ def folders(tmp_path_factory):
     return root, states, counted
 
 
+@pytest.mark.slow
 def test_stopped_in_every_phase_and_resumed_is_never_stopped(folders):
     root, _, _ = folders
     assert_same_run(root / "whole", root / "parts")
     assert summary(root / "parts")["resumed_at"] == 6
 
 
+@pytest.mark.slow
 def test_nothing_compiles_again_when_controllers_move(folders):
     _, _, counted = folders
     assert counted.keys() >= {"update_critic", "update", "adapt_kl_coef", "move_reference"}
     assert set(counted.values()) == {1}, counted
 
 
+@pytest.mark.slow
 def test_the_critic_trains_alone_and_then_everything_does(folders):
     root, _, _ = folders
     rows = lines(root / "whole", "metrics.jsonl")
@@ -254,6 +271,7 @@ def test_the_critic_trains_alone_and_then_everything_does(folders):
     assert all(row["rollout/staleness"] == 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_beta_follows_the_rule(folders):
     root, _, _ = folders
     rows = lines(root / "whole", "metrics.jsonl")[PRETRAIN:]
@@ -265,6 +283,7 @@ def test_beta_follows_the_rule(folders):
     assert seen == {-1.0, 1.0}  # else the test shows half of it
 
 
+@pytest.mark.slow
 def test_the_reference_is_the_moving_average_of_the_policy(folders):
     root, states, _ = folders
     rows = lines(root / "whole", "metrics.jsonl")[PRETRAIN:]

@@ -63,15 +63,9 @@ def ppo(
         >>> algorithm.needs.value
         True
     """
-    if lam_alpha is not None:
-        _check_alpha(lam_alpha, lam)
-    elif lam is None:
-        lam = 0.95
+    lam = _one_lambda(lam, lam_alpha)
     _check(gamma=gamma, lam=lam, value_lam=value_lam, clip=clip)
-    if value_clip is not None and not value_clip > 0:
-        raise ValueError(f"ppo: value_clip={value_clip}; wanted more than 0, or None for free")
-    if not value_coef >= 0:
-        raise ValueError(f"ppo: value_coef={value_coef}; wanted 0 or more")
+    _check_value(value_clip, value_coef)
     surrogate = Surrogate(
         clip_low=clip,
         clip_high=clip if clip_high is None else clip_high,
@@ -89,11 +83,10 @@ def ppo(
         mask = experience.rollouts.mask
         beta = driven(experience, surrogate.reward_kl)
         rewards = token_rewards(experience, kl_coef=beta, estimator=kl_estimator)
-        values = experience.values
         actor_lam = lam if lam_alpha is None else length_adaptive_lambda(mask, lam_alpha)
-        advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=actor_lam)
+        advantages, returns = gae(rewards, experience.values, mask, gamma=gamma, lam=actor_lam)
         if value_lam not in (None, lam):
-            _, returns = gae(rewards, values, mask, gamma=gamma, lam=value_lam)
+            _, returns = gae(rewards, experience.values, mask, gamma=gamma, lam=value_lam)
         if whiten:
             advantages = masking.whiten(advantages, mask)
         return Targets(advantages=advantages, returns=returns, mask=jnp.asarray(mask)), state
@@ -111,16 +104,26 @@ def ppo(
         return terms, metrics | {"value/squared_error": error}
 
     needs = Needs(value=True, reference=kl_coef != 0)
-    made = Algorithm(init=lambda: (), targets=targets, loss=loss, needs=needs)
-    return made._replace(kl_coef=drivable(kl_coef))
+    return Algorithm(lambda: (), targets, loss, needs, kl_coef=drivable(kl_coef))
 
 
-def _check_alpha(alpha, lam):
-    """Raises ValueError for a λ that is said twice, and for an α that gives none."""
+def _one_lambda(lam, alpha):
+    """λ of all completions: 0.95 unless said, None where α says it of each; ValueError for both."""
+    if alpha is None:
+        return 0.95 if lam is None else lam
     if lam is not None:
         raise ValueError(f"ppo: lam={lam} and lam_alpha={alpha} are both λ; leave one of them out")
     if not alpha > 0:
         raise ValueError(f"ppo: lam_alpha={alpha}; wanted more than 0, such as 0.05")
+    return None
+
+
+def _check_value(clip, coef):
+    """Raises ValueError for a value term that could not be."""
+    if clip is not None and not clip > 0:
+        raise ValueError(f"ppo: value_clip={clip}; wanted more than 0, or None for free")
+    if not coef >= 0:
+        raise ValueError(f"ppo: value_coef={coef}; wanted 0 or more")
 
 
 def _check(**numbers):

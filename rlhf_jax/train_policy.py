@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from rlhf_jax import base_files, mismatch_page, policy_run, program, run_folder
+from rlhf_jax import base_files, controls, mismatch_page, policy_run, program, run_folder
 from rlhf_jax.k_axis import axis_metrics
 from rlhf_jax.mismatch_watch import attach, measure_start, watch_step
 from rlhf_jax.ops.metrics import add
@@ -122,7 +122,7 @@ def iterate(run: PolicyRun, state: RunState, step: int) -> tuple[RunState, Itera
         rollouts, scores, state, drawn = collect(run, state, step)
         outputs = run.steps.evaluate(state.train.params, frozen, rollouts)
     extra = run.fetch_extra(state)
-    kl_coef = state.controllers.get("kl_coef")  # None: the algorithm's own
+    kl_coef = state.controllers.get(controls.KL_COEF)  # None: the algorithm's own
     experience = make_experience(rollouts, scores, *outputs, extra, kl_coef)
     metrics = add(drawn, run.steps.monitor(experience, outputs[0], state.train.step))
     metrics = add(metrics, axis_metrics(run.plan.config.rollout, sizes.prompts, sizes.lr_factor))

@@ -6,7 +6,8 @@
 ``init_from`` is a model to start from (empty: random weights of toy size), ``reward`` the folder of
 a reward model (empty: the exact checker of the embedded task alone). Papers train on hundreds of
 prompts a step; ``prompts`` is what this run has, 16 unless given, and all sizes besides K are small
-too: change `data`, `rollout` and `train` to yours. What a paper does not say is marked "ours".
+too: change `data`, `rollout` and `train` to yours. What a paper does not say is marked "ours";
+``vc_ppo`` and ``vapo`` are settings of the algorithm ``ppo``.
 The table in README says which paper; docs/results/algorithms.md what they do on one task.
 """
 
@@ -22,6 +23,19 @@ METHODS = {
     "ppo": dict(
         algorithm=dict(kl_coef=0.05, lam=0.95, value_coef=0.1, clip=0.2),
         samples=1, temperature=0.7, epochs=4, minibatches=1, rate=3e-6, schedule="linear",
+    ),
+    # Yuan et al. 2025 (VC-PPO): the critic alone first, and λ of its own; the rest is ours.
+    "vc_ppo": dict(
+        algorithm=dict(name="ppo", kl_coef=0.0, lam=0.95, value_lam=1.0), samples=4, minibatches=4,
+        rate=1e-6, pretrain=0.1,
+    ),
+    # Yue et al. 2025 (VAPO): 512 prompts x 16; rates, minibatches and no dual clip are ours.
+    "vapo": dict(
+        algorithm=dict(
+            name="ppo", kl_coef=0.0, lam_alpha=0.05, value_lam=1.0, clip=0.2, clip_high=0.28,
+            dual_clip=None, imitate=dict(reward="exact", above=0.5, weight=0.1),
+        ),
+        samples=16, minibatches=4, rate=1e-6, pretrain=0.1,
     ),
     # Shao et al. 2024, DeepSeekMath: 16 prompts x 64, one update per batch.
     "grpo": dict(
@@ -80,7 +94,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     from_reward = args.reward and args.method != "pe_reinforce"
     config.value.init_from = "outcome" if from_reward else "policy"
     config.rewards = rewards(args.reward)
-    config.algorithm = dict(name=args.method, **paper["algorithm"])
+    config.algorithm = dict(name=args.method) | paper["algorithm"]
     if args.method == "dr_grpo":  # the paper's 3000 is its budget of tokens; this is the run's
         config.algorithm.constant = config.rollout.max_tokens
     config.rollout.update(
@@ -92,8 +106,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.updates.update(epochs=paper.get("epochs", 1), minibatches=paper.get("minibatches", 1))
     for role in ("policy", "value"):
         config.optimizer[role].learning_rate = paper["rate"]
-        config.optimizer[role].eps = 1e-5 if args.method == "ppo" else 1e-8
+        config.optimizer[role].eps = 1e-5 if config.algorithm.name == "ppo" else 1e-8
         config.optimizer[role].warmup = paper.get("warmup", 2)
         config.optimizer[role].schedule = paper.get("schedule", "constant")
     config.train.steps = args.steps
+    if "pretrain" in paper:  # a share of the steps, which is ours: papers look at the critic
+        config.value.pretrain = dict(steps=max(1, int(paper["pretrain"] * args.steps)))
     return config

@@ -162,13 +162,19 @@ def mesh(config: ConfigDict) -> tuple[Mesh, ShardingRules]:
         return make_mesh(config.mesh.to_dict()), ShardingRules()
 
 
-def algorithm(config: ConfigDict) -> Algorithm:
+def algorithm(config: ConfigDict, **ours: Any) -> Algorithm:
     """The algorithm that ``config.algorithm.name`` names with its wrappers, in the order
-    correction, omit_truncated, select; the section's other keys go to its function."""
+    correction, omit_truncated, select, imitate; the section's other keys go to its function.
+
+    Args:
+        ours: arguments in place of the section's, where the function takes them.
+    """
     factory = member("algorithm", "algorithms", config.algorithm)
     section = config.algorithm.to_dict()
     values = {k: v for k, v in section.items() if k not in _AROUND}
     check_call("algorithm", factory, values, also=_AROUND)
+    taken = inspect.signature(factory).parameters
+    values |= {k: v for k, v in ours.items() if k in taken}
     around = {k: v for k, v in section.items() if k in _AROUND}
     check_section("algorithm", around, AlgorithmWrappers)
     return wrap_algorithm(config, call("algorithm", factory, values), around)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rlhf_jax import averages, build, roles
+from rlhf_jax.controls import Controls, make_controls
 from rlhf_jax.data.examples import ExampleSource
 from rlhf_jax.data.prompts import PromptSource
 from rlhf_jax.mesh import ShardingRules
@@ -25,6 +26,13 @@ from rlhf_jax.text.steps import token_tables
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.training.state import Models
 from rlhf_jax.types import Algorithm, Sampling, TokenTables
+
+
+class Pretraining(NamedTuple):
+    """How many steps of the run the critic trains alone, and whose returns it then learns."""
+
+    steps: int = 0
+    algorithm: Algorithm | None = None
 
 
 class PolicyPlan(NamedTuple):
@@ -46,6 +54,8 @@ class PolicyPlan(NamedTuple):
     models: Models
     algorithm: Algorithm
     optimizers: Mapping[str, Any]
+    pretraining: Pretraining
+    controls: Controls
     writers: Mapping[str, Writer]
     watch: Watch | None
 
@@ -73,12 +83,17 @@ def make_plan(
     own = own_tokenizers(config, text)
     described = describe_models(config, text.vocab_size, algorithm, own)
     check_lengths(config, described)
+    pretraining = make_pretraining(config, algorithm, described)
+    rollouts = sizes.prompts * sizes.samples
+    controls = make_controls(config, algorithm, described["policy"], rollouts)
     watch = make_watch(config, algorithm.needs)
     made = {role: decoder(model, rules) for role, model in described.items()}
     if starts:
         check_starts(config, described)
     trained = [role for role in ("policy", "value") if role in made]
-    made_optimizers = optimizers(config, trained, lr_factor=sizes.lr_factor)
+    made_optimizers = optimizers(
+        config, trained, lr_factor=sizes.lr_factor, pretrain=pretraining.steps
+    )
     # Reads every record, so after what is quick to see.
     prompts = None if later(config.data) else build.prompts(config, text)
     reference = dataclasses.replace(described["policy"], lora_rank=0, score_heads=())
@@ -108,23 +123,60 @@ def make_plan(
         models=models,
         algorithm=algorithm,
         optimizers=made_optimizers,
+        pretraining=pretraining,
+        controls=controls,
         writers=writers(config, own, {k: described[f"reward/{k}"].vocab_size for k in own}),
         watch=watch,
     )
 
 
-def optimizers(
-    config: ConfigDict, trained: Sequence[str], *, lr_factor: float = 1.0
-) -> dict[str, Any]:
-    """An optimizer for each role that trains; learning rates are multiplied by ``lr_factor``."""
-    updates = config.train.steps * config.updates.epochs * config.updates.minibatches
-    check_keys("optimizer", config.optimizer, config.optimizer, trained)
-    return {
-        role: build.optimizer(
-            f"optimizer.{role}", config.optimizer[role], updates, lr_factor=lr_factor
+def make_pretraining(
+    config: ConfigDict, algorithm: Algorithm, described: Mapping[str, ModelConfig]
+) -> Pretraining:
+    """What ``config.value.pretrain`` says: no steps where it says nothing.
+
+    The critic learns whole returns (λ = 1, Monte Carlo) of the algorithm's own rewards: the
+    function of the algorithm gets ``value_lam=1.0`` where it takes it.
+
+    Raises:
+        ValueError: without a critic of its own to train, or without steps left for the policy.
+    """
+    section = config.get("value", {}).get("pretrain")
+    if section is None:
+        return Pretraining()
+    if not algorithm.needs.value:
+        raise ValueError(
+            f"value.pretrain trains a critic, and {config.algorithm.name} has none; leave it out"
         )
-        for role in trained
-    }
+    if "value" not in described:
+        raise ValueError(
+            "value.pretrain would move the policy: model.score_heads puts the critic on its "
+            "trunk; take 'value' out of model.score_heads, or leave value.pretrain out"
+        )
+    if section.steps >= config.train.steps:
+        raise ValueError(
+            f"value.pretrain.steps={section.steps} of train.steps={config.train.steps} leave none "
+            "for the policy; train.steps counts both, raise it"
+        )
+    return Pretraining(section.steps, build.algorithm(config, value_lam=1.0))
+
+
+def optimizers(
+    config: ConfigDict, trained: Sequence[str], *, lr_factor: float = 1.0, pretrain: int = 0
+) -> dict[str, Any]:
+    """An optimizer for each role that trains; learning rates are multiplied by ``lr_factor``.
+
+    Args:
+        pretrain: steps in which the critic alone trains: the policy's schedule has none of them.
+    """
+    check_keys("optimizer", config.optimizer, config.optimizer, trained)
+    made = {}
+    for role in trained:
+        steps = config.train.steps - (pretrain if role == "policy" else 0)
+        updates = steps * config.updates.epochs * config.updates.minibatches
+        section = config.optimizer[role]
+        made[role] = build.optimizer(f"optimizer.{role}", section, updates, lr_factor=lr_factor)
+    return made
 
 
 def check_lengths(config: ConfigDict, described: Mapping[str, ModelConfig]) -> None:

@@ -9,14 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import averages, build, roles
+from rlhf_jax import averages, build, controls, roles
 from rlhf_jax.models.lora import partition
 from rlhf_jax.models.transformer import decoder
 from rlhf_jax.ops.masking import fill_padding
+from rlhf_jax.ops.metrics import single
 from rlhf_jax.policy_plan import PolicyPlan
 from rlhf_jax.rewards.base import lend_base
 from rlhf_jax.rewards.other_tokens import translated
 from rlhf_jax.sampling.sampler import generate
+from rlhf_jax.training.critic import make_critic_step
 from rlhf_jax.training.experience import (
     compile_evaluate,
     compile_score,
@@ -28,11 +30,20 @@ from rlhf_jax.training.monitor import batch_metrics, signal_metrics
 from rlhf_jax.training.selection import refill
 from rlhf_jax.training.state import create_state
 from rlhf_jax.training.update import compile_update, make_update_step
-from rlhf_jax.types import Params, Prompts, Reward, Rollouts, RunState, Texts, TrainState
+from rlhf_jax.types import (
+    Metrics,
+    Params,
+    Prompts,
+    Reward,
+    Rollouts,
+    RunState,
+    Texts,
+    TrainState,
+)
 
 
 class Steps(NamedTuple):
-    """The compiled programs of one iteration; the last three are None where nobody needs them."""
+    """The compiled programs of one iteration; the last six are None where nobody needs them."""
 
     generate: Callable[..., Rollouts]
     score: Callable[..., Any] | None
@@ -42,6 +53,9 @@ class Steps(NamedTuple):
     select: Callable[..., Any] | None
     refill: Callable[..., Any] | None
     update_rewards: Callable[..., Any] | None
+    update_critic: Callable[..., Any] | None
+    adapt_kl_coef: Callable[..., Any] | None
+    move_reference: Callable[..., Any] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +111,28 @@ class PolicyRun:
                 positions[f"extra/{name}"] = np.asarray(moved, np.int32)
         return dataclasses.replace(state, data_position=positions, **fields)
 
+    def control(self, state: RunState, step: int, metrics: Metrics) -> tuple[RunState, Metrics]:
+        """What the controllers make of a step of the policy, and what they say of it.
+
+        Args:
+            metrics: of this step, with the KL that was measured before its update.
+        """
+        found: Metrics = {}
+        if self.steps.adapt_kl_coef is not None:
+            kl_coef, kl = state.controllers[controls.KL_COEF], metrics["objective/kl_ref"]
+            kl_coef, found = self.steps.adapt_kl_coef(kl_coef, kl)
+            own = {**state.controllers, controls.KL_COEF: kl_coef}
+            state = dataclasses.replace(state, controllers=own)
+        if self.steps.move_reference is not None:
+            made = step + 1 - self.plan.pretraining.steps  # steps of the policy
+            due = made % self.plan.controls.reference.every == 0
+            if due:
+                policy = state.train.params["policy"]
+                reference = self.steps.move_reference(state.reference, policy)
+                state = dataclasses.replace(state, reference=reference)
+            found = {**found, "controller/reference_moved": single(float(due))}
+        return state, found
+
 
 def start(plan: PolicyPlan) -> tuple[PolicyRun, RunState]:
     """The run and its state at step 0: parameters born sharded, rewards calibrated."""
@@ -117,13 +153,13 @@ def start(plan: PolicyPlan) -> tuple[PolicyRun, RunState]:
         reference = roles.fill(models.reference, policy, key, mesh, rules)
     rewards = _rewards(plan, learned)
     train = create_state(models, params, plan.optimizers, plan.algorithm, mesh)
-    run = PolicyRun(plan, rewards, _compile(plan, rewards, train))
+    run = PolicyRun(plan, rewards, _compile(plan, rewards, train, reference))
     names = ["prompts", *(f"extra/{name}" for name in plan.extra)]
     state = RunState(
         train=train,
         reference=reference,
         rewards={place: _initial(reward) for place, reward in rewards.items()},
-        controllers={},
+        controllers=controls.initial(plan.controls, mesh),
         carry={},
         data_position={name: np.asarray(0, np.int32) for name in names},
     )
@@ -199,7 +235,9 @@ def _initial(reward: Reward) -> Any:
     return jax.tree.map(jnp.copy, state) if reward.update else state
 
 
-def _compile(plan: PolicyPlan, rewards: Mapping[str, Reward], train: TrainState) -> Steps:
+def _compile(
+    plan: PolicyPlan, rewards: Mapping[str, Reward], train: TrainState, reference: Params
+) -> Steps:
     config, sizes, models, algorithm = plan.config, plan.sizes, plan.models, plan.algorithm
     temperature = config.rollout.sampling.temperature
     needs = algorithm.needs
@@ -235,16 +273,13 @@ def _compile(plan: PolicyPlan, rewards: Mapping[str, Reward], train: TrainState)
 
     device, select = rewards.get("device"), algorithm.select
     evaluate = make_evaluate_step(models, needs, temperature=temperature, rows=sizes.rows)
-    update = make_update_step(
-        models,
-        algorithm,
-        plan.optimizers,
-        epochs=config.updates.epochs,
-        minibatches=config.updates.minibatches,
-        microbatches=config.updates.microbatches,
-        temperature=temperature,
-        group_size=sizes.samples,
-    )
+    parts = {name: config.updates[name] for name in ("epochs", "minibatches", "microbatches")}
+    given = parts | dict(temperature=temperature, group_size=sizes.samples)
+    update = make_update_step(models, algorithm, plan.optimizers, **given)
+    critic = None
+    if plan.pretraining.steps:
+        alone = make_critic_step(models, plan.pretraining.algorithm, plan.optimizers, **given)
+        critic = compile_update(alone, train, plan.mesh)
     online = device is not None and device.update is not None
     return Steps(
         generate=jax.jit(sample),
@@ -255,6 +290,9 @@ def _compile(plan: PolicyPlan, rewards: Mapping[str, Reward], train: TrainState)
         select=jax.jit(select_groups) if select else None,
         refill=jax.jit(refill_groups) if select else None,
         update_rewards=jax.jit(device.update, donate_argnums=0) if online else None,
+        update_critic=critic,
+        adapt_kl_coef=controls.compile_kl_coef(plan.controls.kl_coef, plan.mesh),
+        move_reference=controls.compile_reference(plan.controls.reference, reference),
     )
 
 

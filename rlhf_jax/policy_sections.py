@@ -22,6 +22,48 @@ class Select(TypedDict):
     high: NotRequired[float]
 
 
+class Imitate(TypedDict):
+    """The likelihood of right completions, beside the loss."""
+
+    reward: str  # label of the reward that says which are right
+    above: float  # this score of it
+    weight: float
+
+
+class KlController(TypedDict):
+    """The KL coefficient follows the KL; see `rlhf_jax.ops.controllers`."""
+
+    target: float  # nats per completion
+    horizon: Count  # completions
+
+
+class ReferenceController(TypedDict):
+    """The reference follows the policy."""
+
+    every: Count  # steps of the policy
+    decay: NotRequired[float]  # what stays of it, 0: it becomes the policy
+
+
+class Controllers(TypedDict):
+    """Numbers of a run that follow what it measures; see `rlhf_jax.controls`."""
+
+    kl_coef: NotRequired[KlController]
+    reference: NotRequired[ReferenceController]
+
+
+class Pretrain(TypedDict):
+    """The first steps of a run, in which the critic alone trains (`rlhf_jax.training.critic`)."""
+
+    steps: Count  # of train.steps
+
+
+class Value(TypedDict):
+    """The critic: where its parameters come from, and how long it trains alone."""
+
+    init_from: str
+    pretrain: NotRequired[Pretrain]
+
+
 class AlgorithmWrappers(TypedDict):
     """The keys of an algorithm's section that do not go to its function."""
 
@@ -29,6 +71,7 @@ class AlgorithmWrappers(TypedDict):
     correction: NotRequired[Correction]
     omit_truncated: NotRequired[bool]
     select: NotRequired[Select]
+    imitate: NotRequired[Imitate]
 
 
 class Axis(TypedDict):

@@ -232,10 +232,10 @@ def _without(tree: Mapping, known: Mapping) -> dict:
     return rest
 
 
-def _only(tree: Mapping, wanted: Mapping) -> dict:
+def only(tree: Mapping, wanted: Mapping) -> dict:
     """The leaves of nested dict ``tree`` that ``wanted`` also has."""
     return {
-        name: _only(value, wanted[name]) if isinstance(value, Mapping) else value
+        name: only(value, wanted[name]) if isinstance(value, Mapping) else value
         for name, value in tree.items()
         if name in wanted
     }
@@ -285,7 +285,7 @@ def same_weights(whole: Params, part: Params) -> bool:
 
     Comparing needs one leaf at a time on the devices.
     """
-    mine = _only(whole, part)
+    mine = only(whole, part)
     same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b.astype(a.dtype))), mine, part)
     return all(jax.tree.leaves(same))
 
@@ -309,12 +309,12 @@ def fill(model: Model, known: Params, key: jax.Array, mesh: Mesh, rules: Shardin
 def _fill(model, known, axes, key, mesh, rules) -> Params:
     missing = _without(axes, known)
     # A copy even where nothing is cast: donating one tree must not delete the other.
-    kept = _only(known, axes)
-    shapes = _only(model.shapes(), kept)
+    kept = only(known, axes)
+    shapes = only(model.shapes(), kept)
     kept = jax.tree.map(lambda x, shape: jnp.copy(x).astype(shape.dtype), kept, shapes)
     if not missing:
         return kept
-    fresh = shard_init(lambda k: _only(model.init(k), missing), key, mesh, rules, missing)
+    fresh = shard_init(lambda k: only(model.init(k), missing), key, mesh, rules, missing)
     return join(fresh, kept)
 
 

@@ -72,9 +72,14 @@ class RunLog:
         _log.info("resumed_at %d in %s", step, self._folder)
         return restored, step
 
-    def steps(self, first: int) -> Iterator[int]:
-        """The steps from ``first`` to the last; what they compile once warm is counted."""
-        return self._compiles.loop(range(first, self._config.train.steps))
+    def steps(self, first: int, turn: int = 0) -> Iterator[int]:
+        """The steps from ``first`` to the last; what they compile once warm is counted.
+
+        Args:
+            turn: a step from which on other programs run than before: they warm up again.
+        """
+        yield from self._compiles.loop(range(first, turn))
+        yield from self._compiles.loop(range(max(first, turn), self._config.train.steps))
 
     def metrics(self, step: int, metrics: Metrics, seen: Mapping[str, float] = _NONE) -> None:
         """Takes the metrics of ``step`` and writes those of the step before.

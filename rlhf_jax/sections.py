@@ -11,7 +11,7 @@ from typing import Any, NotRequired, TypedDict, get_type_hints
 from ml_collections import ConfigDict
 
 from rlhf_jax.data.forms import check_form
-from rlhf_jax.policy_sections import Axis
+from rlhf_jax.policy_sections import Axis, Controllers, Value
 from rlhf_jax.reward_sections import Card, EvaluateReward, Heads, RewardReport
 from rlhf_jax.schema import Count, Index, check_section, within
 
@@ -221,11 +221,12 @@ class TrainPolicy(Training):
     """`rlhf_jax.train_policy`."""
 
     data: Prompts
-    value: NotRequired[Start]
+    value: NotRequired[Value]
     extra: dict[str, Mapping[str, Any]]
     rollout: PolicyRollout
     rewards: dict[str, Mapping[str, Any]]
     algorithm: Mapping[str, Any]
+    controllers: NotRequired[Controllers]
     optimizer: Optimizers
     updates: PolicyUpdates
     monitor: NotRequired[Monitor]

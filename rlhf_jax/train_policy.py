@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from rlhf_jax import base_files, mismatch_page, policy_run, program, run_folder
+from rlhf_jax import base_files, controls, mismatch_page, policy_run, program, run_folder
 from rlhf_jax.k_axis import axis_metrics
 from rlhf_jax.mismatch_watch import attach, measure_start, watch_step
 from rlhf_jax.ops.metrics import add
@@ -25,7 +25,7 @@ from rlhf_jax.run_log import RunLog, policy_samples
 from rlhf_jax.training.experience import make_experience
 from rlhf_jax.training.keys import Purpose, step_key
 from rlhf_jax.training.selection import draw_metrics
-from rlhf_jax.types import Metrics, Params, Rollouts, RunState, Scores
+from rlhf_jax.types import Experience, Metrics, Params, Rollouts, RunState, Scores
 
 
 class Iteration(NamedTuple):
@@ -122,20 +122,36 @@ def iterate(run: PolicyRun, state: RunState, step: int) -> tuple[RunState, Itera
         rollouts, scores, state, drawn = collect(run, state, step)
         outputs = run.steps.evaluate(state.train.params, frozen, rollouts)
     extra = run.fetch_extra(state)
-    experience = make_experience(rollouts, scores, *outputs, extra)
+    kl_coef = state.controllers.get(controls.KL_COEF)  # None: the algorithm's own
+    experience = make_experience(rollouts, scores, *outputs, extra, kl_coef)
     metrics = add(drawn, run.steps.monitor(experience, outputs[0], state.train.step))
+    metrics = add(metrics, axis_metrics(run.plan.config.rollout, sizes.prompts, sizes.lr_factor))
+    state, learnt = learn(run, state, step, experience)
+    if step >= run.plan.pretraining.steps:
+        state, driven = run.control(state, step, metrics)
+        metrics = add(metrics, driven)
+    return state, Iteration(rollouts, scores, add(metrics, learnt))
+
+
+def learn(
+    run: PolicyRun, state: RunState, step: int, experience: Experience
+) -> tuple[RunState, Metrics]:
+    """What one batch changes: policy, critic and online rewards; before that the critic alone."""
+    seed, frozen = run.plan.config.seed, run.frozen(state)
     key = step_key(seed, Purpose.UPDATE, step)
-    train, update_metrics = run.steps.update(state.train, frozen, experience, key)
+    if step < run.plan.pretraining.steps:  # rows of `extra` wait for the policy
+        train, metrics = run.steps.update_critic(state.train, frozen, experience, key)
+        return run.advance(state, train=train), metrics
+    train, metrics = run.steps.update(state.train, frozen, experience, key)
     state = run.advance(state, train=train, extra=True)
     if run.steps.update_rewards is not None:
         key = step_key(seed, Purpose.REWARD_UPDATE, step)
-        device, reward_metrics = run.steps.update_rewards(
-            state.rewards["device"], rollouts, scores, key
+        device, found = run.steps.update_rewards(
+            state.rewards["device"], experience.rollouts, experience.scores, key
         )
         state = run.advance(state, rewards={**state.rewards, "device": device})
-        metrics = add(metrics, reward_metrics)
-    metrics = add(metrics, axis_metrics(run.plan.config.rollout, sizes.prompts, sizes.lr_factor))
-    return state, Iteration(rollouts, scores, add(metrics, update_metrics))
+        metrics = add(metrics, found)
+    return state, metrics
 
 
 def train_policy(config: ConfigDict, workdir: str) -> RunState:
@@ -154,7 +170,7 @@ def train_policy(config: ConfigDict, workdir: str) -> RunState:
         state, first = log.restore(attach(run, state))
         if first == 0:
             state = measure_start(run, state, functools.partial(score_all, run, state))
-        for step in log.steps(first):
+        for step in log.steps(first, plan.pretraining.steps):
             state, iteration = iterate(run, state, step)
             state, seen = watch_step(run, state, step, *iteration)
             log.metrics(step, iteration.metrics, seen)

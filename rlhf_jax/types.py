@@ -11,6 +11,7 @@ One legend of dimension letters for the whole repository:
 Rows ``i*K ... i*K+K-1`` of a batch of rollouts are one group (the samples of prompt ``i``).
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -147,7 +148,10 @@ Mixture = dict[str, Texts | Pairs | Labelled | Steps]
 
 @pytree
 class Experience:
-    """Everything that is frozen before the update. Passes that were skipped hold zeros."""
+    """Everything that is frozen before the update. Passes that were skipped hold zeros.
+
+    `kl_coef` is β in this step where a controller drives it; None: the algorithm's own.
+    """
 
     rollouts: Rollouts
     scores: Scores
@@ -155,6 +159,7 @@ class Experience:
     ref_logprobs: Float[Array, "B T"]
     values: Float[Array, "B T"]
     extra: dict[str, Texts]
+    kl_coef: Float[Array, ""] | None = None
 
 
 @pytree
@@ -254,6 +259,14 @@ class Needs(NamedTuple):
     extra: tuple[str, ...] = ()
 
 
+class KlCoef(NamedTuple):
+    """β of an algorithm that reads `Experience.kl_coef`: what it starts with, and what it must not
+    exceed."""
+
+    start: float
+    most: float = math.inf
+
+
 class Algorithm(NamedTuple):
     """An algorithm is two pure functions and a little state.
 
@@ -263,7 +276,8 @@ class Algorithm(NamedTuple):
     select(scores, group_size) -> Bool[N], or None: which groups carry signal
     wraps: which of `algorithms.wrappers` may be put around it. "correction" wants a policy term
         that is proportional to the advantage of every token, "omit_truncated" rows whose parts in
-        the loss do not depend on other rows' masks.
+        the loss do not depend on other rows' masks, "imitate" log-probs that are the policy's.
+    kl_coef: β that a controller may drive (`algorithms.base.driven`), or None.
     """
 
     init: Callable[[], Any]
@@ -271,7 +285,8 @@ class Algorithm(NamedTuple):
     loss: Callable[..., tuple[dict[str, Term], dict[str, Mean]]]
     needs: Needs
     select: Callable[[Scores, int], Array] | None = None
-    wraps: tuple[str, ...] = ("correction", "omit_truncated", "select")
+    wraps: tuple[str, ...] = ("correction", "omit_truncated", "select", "imitate")
+    kl_coef: KlCoef | None = None
 
 
 class Reward(NamedTuple):

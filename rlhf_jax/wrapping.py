@@ -5,11 +5,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rlhf_jax.algorithms.wrappers import correction, omit_truncated, select
+from rlhf_jax.algorithms.wrappers import correction, imitate, omit_truncated, select
 from rlhf_jax.schema import closest, within
 from rlhf_jax.types import Algorithm
 
-_ORDER = ("correction", "omit_truncated", "select")
+_ORDER = ("correction", "omit_truncated", "select", "imitate")
 
 
 def wrap_algorithm(config: ConfigDict, made: Algorithm, around: Mapping[str, Any]) -> Algorithm:
@@ -39,6 +39,10 @@ def wrap_algorithm(config: ConfigDict, made: Algorithm, around: Mapping[str, Any
         with within("algorithm.select"):
             made = select(made, **around["select"])
         _check_select(config)
+    if "imitate" in around:
+        with within("algorithm.imitate"):
+            made = imitate(made, **around["imitate"])
+        _check_label("imitate", around["imitate"]["reward"], config.rewards)
     return made
 
 
@@ -62,9 +66,13 @@ def _check_select(config: ConfigDict) -> None:
             "algorithm.select.how='signal' compares the samples of a prompt, but rollout.samples="
             f"{sizes.samples}; set it to 2 or more, or say how='range'"
         )
-    label = section.get("reward")
-    if label is not None and label not in rewards:
+    if section.get("reward") is not None:
+        _check_label("select", section.reward, rewards)
+
+
+def _check_label(key: str, label: str, rewards: ConfigDict) -> None:
+    if label not in rewards:
         raise ValueError(
-            f"algorithm.select.reward={label!r} is none of rewards{closest(label, rewards)}; "
+            f"algorithm.{key}.reward={label!r} is none of rewards{closest(label, rewards)}; "
             f"known: {', '.join(rewards)}"
         )

@@ -1,5 +1,6 @@
 """A policy run that is watched: its alarms, the frozen learning rate, resume, and its report."""
 
+import itertools
 import json
 import logging
 
@@ -41,6 +42,10 @@ def watched(**monitor):
     config.optimizer.policy.learning_rate = 5e-3
     with config.unlocked():
         del config["value"], config.optimizer["value"]
+        # Moved when the run stops, so that it is resumed with what they hold.
+        config.controllers = dict(
+            kl_coef=dict(target=0.5, horizon=ROWS), reference=dict(every=4, decay=0.9)
+        )
         if monitor:
             config.monitor = monitor
     return config
@@ -105,7 +110,7 @@ def test_an_alarm_freezes_the_policy_and_the_run_goes_on(folders):
     assert len(said) == 1
     assert f"step {rows[first]['step']}: alarm kl" in said[0] and "kl_max=2.0" in said[0]
     assert "samples" in said[0] and "learning rate is 0" in said[0]
-    assert counted["whole"].keys() >= {"generate", "evaluate", "update"}
+    assert counted["whole"].keys() >= {"generate", "evaluate", "update", "move_reference"}
     assert set(counted["whole"].values()) == {1}, counted["whole"]
 
 
@@ -127,6 +132,20 @@ def test_stopped_within_an_evaluation_and_resumed_is_never_stopped(folders):
     assert_same_run(root / "whole", root / "parts")
     assert warned["parts"] == warned["whole"]  # said once, not again after the resume
     assert (root / "parts/report.md").read_text() == (root / "whole/report.md").read_text()
+
+
+def test_controllers_go_on_as_they_were(folders):
+    """β by its rule from one step to the next, in both runs, and one move before the stop."""
+    root, _, _ = folders
+    for place in ("whole", "parts"):
+        rows = lines(root / place, "metrics.jsonl")
+        assert [row["controller/reference_moved"] for row in rows] == [0, 0, 0, 1, 0, 0, 0, 1]
+        for row, after in itertools.pairwise(rows):
+            error = min(max(row["objective/kl_ref"] / 0.5 - 1, -0.2), 0.2)
+            wanted = row["controller/kl_coef"] * (1 + error)
+            assert after["controller/kl_coef"] == pytest.approx(wanted, rel=1e-6)
+        assert rows[0]["controller/kl_coef"] == pytest.approx(0.001)
+        assert rows[1]["controller/kl_coef"] < 0.001 < rows[-1]["controller/kl_coef"]
 
 
 def test_numbers_are_those_of_the_completions(folders):

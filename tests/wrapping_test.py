@@ -31,11 +31,13 @@ def test_without_wrappers_the_algorithm_is_the_functions_own():
         (dict(omit_truncated=True, correction=dict(how="tis")), "omit_truncated."),
         (dict(select=dict(how="signal"), omit_truncated=True), "select."),
         (dict(select=dict(how="range", reward="exact", low=0.2, high=0.8)), "select."),
+        (dict(imitate=dict(reward="exact", above=0.5, weight=0.1)), "group_relative."),
     ],
 )
 def test_wrappers_are_put_around_in_one_order(wrappers, outermost):
     made = build.algorithm(config_with(**wrappers))
     assert made.targets.__qualname__.startswith(outermost)
+    assert made.loss.__qualname__.startswith("imitate.") == ("imitate" in wrappers)
     assert (made.select is not None) == ("select" in wrappers)
     assert made.needs == build.algorithm(config_with()).needs
 
@@ -63,6 +65,19 @@ def test_wrappers_are_put_around_in_one_order(wrappers, outermost):
         (
             dict(select=dict(how="range", reward="exact", low=0.8, high=0.2)),
             "algorithm.select: low=0.8 and high=0.2; wanted low <= high",
+        ),
+        (dict(imitate=dict(reward="exact", above=0.5)), "algorithm.imitate.weight is missing"),
+        (
+            dict(imitate=dict(reward="exact", above=0.5, weight=-1.0)),
+            r"algorithm.imitate: weight=-1.0; wanted more than 0",
+        ),
+        (
+            dict(imitate=dict(reward="exakt", above=0.5, weight=0.1)),
+            r"algorithm.imitate.reward='exakt' is none of rewards; did you mean 'exact'\?; known: ",
+        ),
+        (
+            dict(name="superhf", kl_coef=0.1, imitate=dict(reward="exact", above=0.5, weight=0.1)),
+            "superhf takes omit_truncated, select; leave imitate out",
         ),
         (
             dict(select=dict(how="signal", reward="exakt")),

@@ -5,6 +5,7 @@ of one prompt: its members differ in values alone.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from rlhf_jax.types import (
     Array,
     CompletionOutput,
     Experience,
+    KlCoef,
     Metrics,
     Needs,
     Scores,
@@ -57,6 +59,18 @@ def token_rewards(
     return jnp.where(mask, process + outcome - penalty, 0.0)
 
 
+def driven(experience: Experience, kl_coef: float | int) -> Float[Array, ""] | float | int:
+    """β in this step: what a controller says, else `kl_coef`; 0 (no such term) stays 0."""
+    if experience.kl_coef is None or not kl_coef:
+        return kl_coef
+    return experience.kl_coef
+
+
+def drivable(kl_coef: float | int, most: float = math.inf) -> KlCoef | None:
+    """`Algorithm.kl_coef` of an algorithm that reads its β through `driven`; None where it is 0."""
+    return KlCoef(start=kl_coef, most=most) if kl_coef else None
+
+
 def sequence_rewards(scores: Scores, mask: Bool[Array, "B T"]) -> Float[Array, " B"]:
     """One reward per completion: the outcome plus the sum of the process scores."""
     return scores.outcome.astype(jnp.float32) + masked_sum(scores.process, mask, axis=-1)
@@ -67,7 +81,8 @@ def penalised_scores(experience: Experience, surrogate: Surrogate) -> Scores:
     scores = experience.scores
     if not surrogate.reward_kl:
         return scores
-    penalty = surrogate.reward_kl * sequence_kl(experience, surrogate.kl_estimator)
+    beta = driven(experience, surrogate.reward_kl)
+    penalty = beta * sequence_kl(experience, surrogate.kl_estimator)
     return dataclasses.replace(scores, outcome=scores.outcome.astype(jnp.float32) - penalty)
 
 
@@ -131,7 +146,7 @@ def policy_terms(
         kl = kl_estimate(logprobs, ref_logprobs, surrogate.kl_estimator)
         if surrogate.kl_weighted:  # of each token, whatever ratio the surrogate clips
             kl = policy_ratio(logprobs, old_logprobs, mask, "token") * kl
-        terms["kl"] = Term(weight=surrogate.loss_kl, mean=mean(kl))
+        terms["kl"] = Term(weight=driven(experience, surrogate.loss_kl), mean=mean(kl))
     if surrogate.entropy_coef:
         (entropy,) = filled(mask, output.entropy)
         terms["entropy"] = Term(weight=-surrogate.entropy_coef, mean=mean(entropy))
@@ -182,7 +197,8 @@ def group_relative(
 
     reference, process = surrogate.kl_coef != 0, credit == "steps"
     needs = Needs(reference=reference, process=process, min_group=2)
-    return Algorithm(init=lambda: (), targets=targets, loss=loss, needs=needs)
+    made = Algorithm(init=lambda: (), targets=targets, loss=loss, needs=needs)
+    return made._replace(kl_coef=drivable(surrogate.kl_coef))
 
 
 def _compared(rewards, group_size, scale):

@@ -14,9 +14,18 @@ ratio, no λ and no whitening: one step per batch.
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.algorithms.base import policy_terms, sequence_kl, sequence_rewards, spread
+from rlhf_jax.algorithms.base import (
+    drivable,
+    driven,
+    policy_terms,
+    sequence_kl,
+    sequence_rewards,
+    spread,
+)
 from rlhf_jax.ops import masking, surrogate
 from rlhf_jax.types import Algorithm, Needs, Targets, Term
+
+_MOST = 0.99  # of a driven β: at 1 nothing of the reward would be left
 
 
 def pe_reinforce(
@@ -50,9 +59,10 @@ def pe_reinforce(
     def targets(experience, group_size, state):
         del group_size
         mask = experience.rollouts.mask
-        rewards = (1 - kl_coef) * sequence_rewards(experience.scores, mask)
+        beta = driven(experience, kl_coef)
+        rewards = (1 - beta) * sequence_rewards(experience.scores, mask)
         if kl_coef:
-            rewards = rewards - kl_coef * sequence_kl(experience, "k1")
+            rewards = rewards - beta * sequence_kl(experience, "k1")
         returns = spread(rewards, mask)
         (old_values,) = surrogate.filled(mask, experience.values)
         advantages = jnp.where(mask, returns - old_values, 0.0)
@@ -70,4 +80,5 @@ def pe_reinforce(
         return terms, metrics | {"value/squared_error": masking.mean_of(error, mask)}
 
     needs = Needs(value=True, reference=kl_coef != 0)
-    return Algorithm(init=lambda: (), targets=targets, loss=loss, needs=needs)
+    made = Algorithm(init=lambda: (), targets=targets, loss=loss, needs=needs)
+    return made._replace(kl_coef=drivable(kl_coef, most=_MOST))

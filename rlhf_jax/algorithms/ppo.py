@@ -14,9 +14,9 @@ token instead of one baseline per group) and in where the KL stands (reward inst
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.algorithms.base import policy_terms, token_rewards
+from rlhf_jax.algorithms.base import drivable, driven, policy_terms, token_rewards
 from rlhf_jax.ops import masking
-from rlhf_jax.ops.returns import gae
+from rlhf_jax.ops.returns import gae, length_adaptive_lambda
 from rlhf_jax.ops.surrogate import Surrogate, aggregate, check_surrogate, filled, value_error
 from rlhf_jax.types import Algorithm, Needs, Targets, Term
 
@@ -24,7 +24,8 @@ from rlhf_jax.types import Algorithm, Needs, Targets, Term
 def ppo(
     *,
     gamma: float | int = 1.0,
-    lam: float | int = 0.95,
+    lam: float | int | None = None,
+    lam_alpha: float | int | None = None,
     value_lam: float | int | None = None,
     kl_coef: float | int = 0.02,
     kl_estimator: str = "k1",
@@ -41,7 +42,9 @@ def ppo(
 
     Args:
         gamma: discount per token.
-        lam: λ of the advantage estimate; 1 is Monte Carlo.
+        lam: λ of the advantage estimate; 1 is Monte Carlo. None = 0.95, or what `lam_alpha` says.
+        lam_alpha: α of λ = 1 − 1/(α tokens) for each completion in place of `lam`, and 0 for those
+            of 1/α tokens or fewer (Yue et al. 2025, VAPO, https://arxiv.org/abs/2504.05118: 0.05).
         value_lam: λ of what the critic learns; None = `lam`. 1 takes the critic's own bias out of
             its targets (Yuan et al. 2025, VC-PPO, https://arxiv.org/abs/2503.01491, section 4.2).
         kl_coef: β, per nat of divergence from the reference; 0 needs no reference.
@@ -60,12 +63,9 @@ def ppo(
         >>> algorithm.needs.value
         True
     """
-    critic_lam = lam if value_lam is None else value_lam
-    _check(gamma=gamma, lam=lam, value_lam=critic_lam, clip=clip)
-    if value_clip is not None and not value_clip > 0:
-        raise ValueError(f"ppo: value_clip={value_clip}; wanted more than 0, or None for free")
-    if not value_coef >= 0:
-        raise ValueError(f"ppo: value_coef={value_coef}; wanted 0 or more")
+    lam = _one_lambda(lam, lam_alpha)
+    _check(gamma=gamma, lam=lam, value_lam=value_lam, clip=clip)
+    _check_value(value_clip, value_coef)
     surrogate = Surrogate(
         clip_low=clip,
         clip_high=clip if clip_high is None else clip_high,
@@ -81,10 +81,12 @@ def ppo(
     def targets(experience, group_size, state):
         del group_size  # every completion has its own baseline, the critic
         mask = experience.rollouts.mask
-        rewards = token_rewards(experience, kl_coef=surrogate.reward_kl, estimator=kl_estimator)
-        advantages, returns = gae(rewards, experience.values, mask, gamma=gamma, lam=lam)
-        if critic_lam != lam:
-            _, returns = gae(rewards, experience.values, mask, gamma=gamma, lam=critic_lam)
+        beta = driven(experience, surrogate.reward_kl)
+        rewards = token_rewards(experience, kl_coef=beta, estimator=kl_estimator)
+        actor_lam = lam if lam_alpha is None else length_adaptive_lambda(mask, lam_alpha)
+        advantages, returns = gae(rewards, experience.values, mask, gamma=gamma, lam=actor_lam)
+        if value_lam not in (None, lam):
+            _, returns = gae(rewards, experience.values, mask, gamma=gamma, lam=value_lam)
         if whiten:
             advantages = masking.whiten(advantages, mask)
         return Targets(advantages=advantages, returns=returns, mask=jnp.asarray(mask)), state
@@ -102,11 +104,30 @@ def ppo(
         return terms, metrics | {"value/squared_error": error}
 
     needs = Needs(value=True, reference=kl_coef != 0)
-    return Algorithm(init=lambda: (), targets=targets, loss=loss, needs=needs)
+    return Algorithm(lambda: (), targets, loss, needs, kl_coef=drivable(kl_coef))
 
 
-def _check(*, gamma, lam, value_lam, clip):
+def _one_lambda(lam, alpha):
+    """λ of all completions: 0.95 unless said, None where α says it of each; ValueError for both."""
+    if alpha is None:
+        return 0.95 if lam is None else lam
+    if lam is not None:
+        raise ValueError(f"ppo: lam={lam} and lam_alpha={alpha} are both λ; leave one of them out")
+    if not alpha > 0:
+        raise ValueError(f"ppo: lam_alpha={alpha}; wanted more than 0, such as 0.05")
+    return None
+
+
+def _check_value(clip, coef):
+    """Raises ValueError for a value term that could not be."""
+    if clip is not None and not clip > 0:
+        raise ValueError(f"ppo: value_clip={clip}; wanted more than 0, or None for free")
+    if not coef >= 0:
+        raise ValueError(f"ppo: value_coef={coef}; wanted 0 or more")
+
+
+def _check(**numbers):
     """Raises ValueError for what must lie between 0 and 1; a ratio is never below 0."""
-    for name, number in dict(gamma=gamma, lam=lam, value_lam=value_lam, clip=clip).items():
-        if not 0 <= number <= 1:
+    for name, number in numbers.items():
+        if number is not None and not 0 <= number <= 1:
             raise ValueError(f"ppo: {name}={number}; wanted a number from 0 to 1")

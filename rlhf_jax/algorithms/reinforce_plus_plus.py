@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.algorithms.base import (
+    drivable,
+    driven,
     penalised_scores,
     policy_terms,
     sequence_rewards,
@@ -73,7 +75,8 @@ def reinforce_plus_plus(
     @jax.named_scope("reinforce_plus_plus_targets")
     def targets(experience, group_size, state):
         mask = experience.rollouts.mask
-        rewards = token_rewards(experience, kl_coef=surrogate.reward_kl, estimator=kl_estimator)
+        beta = driven(experience, surrogate.reward_kl)
+        rewards = token_rewards(experience, kl_coef=beta, estimator=kl_estimator)
         if baseline == "group":
             totals = sequence_rewards(penalised_scores(experience, surrogate), mask)
             rewards = rewards - masking.place_at_last(groups.group_mean(totals, group_size), mask)
@@ -87,4 +90,5 @@ def reinforce_plus_plus(
         return policy_terms(output, experience, targets, surrogate)
 
     needs = Needs(reference=kl_coef != 0, min_group=2 if baseline == "group" else 1)
-    return Algorithm(init=lambda: (), targets=targets, loss=loss, needs=needs)
+    made = Algorithm(init=lambda: (), targets=targets, loss=loss, needs=needs)
+    return made._replace(kl_coef=drivable(kl_coef))

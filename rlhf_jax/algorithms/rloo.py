@@ -14,7 +14,13 @@ than one.
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.algorithms.base import penalised_scores, policy_terms, sequence_rewards, spread
+from rlhf_jax.algorithms.base import (
+    drivable,
+    penalised_scores,
+    policy_terms,
+    sequence_rewards,
+    spread,
+)
 from rlhf_jax.ops import groups
 from rlhf_jax.ops.surrogate import Surrogate, check_surrogate
 from rlhf_jax.types import Algorithm, Needs, Targets
@@ -72,4 +78,5 @@ def rloo(
         return policy_terms(output, experience, targets, surrogate)
 
     needs = Needs(reference=kl_coef != 0, min_group=2)
-    return Algorithm(init=lambda: (), targets=targets, loss=loss, needs=needs)
+    made = Algorithm(init=lambda: (), targets=targets, loss=loss, needs=needs)
+    return made._replace(kl_coef=drivable(kl_coef))

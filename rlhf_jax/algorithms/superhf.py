@@ -16,7 +16,14 @@ what they should teach (tests/worlds/superhf_test.py). It differs from best-of-n
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.algorithms.base import imitated, policy_metrics, sequence_rewards, spread
+from rlhf_jax.algorithms.base import (
+    drivable,
+    driven,
+    imitated,
+    policy_metrics,
+    sequence_rewards,
+    spread,
+)
 from rlhf_jax.ops import surrogate
 from rlhf_jax.ops.divergence import kl_estimate
 from rlhf_jax.types import Algorithm, Needs, Targets, Term
@@ -77,10 +84,11 @@ def superhf(
         terms = {"policy": Term(weight=1.0, mean=likelihood)}
         if kl_coef:
             kl = kl_estimate(logprobs, reference, kl_estimator)
-            terms["kl"] = Term(weight=kl_coef, mean=mean(kl, mask))
+            terms["kl"] = Term(weight=driven(experience, kl_coef), mean=mean(kl, mask))
         ratio = surrogate.policy_ratio(logprobs, old, mask, "token")
         return terms, policy_metrics(output, jnp.zeros(mask.shape, bool), ratio, mask)
 
     needs = Needs(reference=kl_coef != 0, min_group=2)
     wraps = ("omit_truncated", "select")
-    return Algorithm(init=lambda: (), targets=targets, loss=loss, needs=needs, wraps=wraps)
+    made = Algorithm(init=lambda: (), targets=targets, loss=loss, needs=needs, wraps=wraps)
+    return made._replace(kl_coef=drivable(kl_coef))

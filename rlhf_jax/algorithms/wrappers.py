@@ -1,10 +1,12 @@
-"""Functions from an algorithm to an algorithm: correct for the sampler, omit rows, select groups.
+"""Functions from an algorithm to an algorithm: correct for the sampler, omit rows, select groups,
+imitate what is right.
 
 Keys of the config's `algorithm` section beside those of its function, put around it in this order:
-``correction``, ``omit_truncated``, ``select``. Each changes targets alone (and `select`), so the
-first two want a loss whose term "policy" is a mean over tokens or completions of something
-proportional to the advantage; an algorithm of another kind leaves them out of `Algorithm.wraps`,
-and one without such a term is refused in any case. Nothing here is a member of the shelf.
+``correction``, ``omit_truncated``, ``select``, ``imitate``. The last adds a term to the loss. Each
+of the others changes targets alone (and `select`), so the first two want a loss whose term "policy"
+is a mean over tokens or completions of something proportional to the advantage; an algorithm of
+another kind leaves them out of `Algorithm.wraps`, and one without such a term is refused in any
+case. Nothing here is a member of the shelf.
 """
 
 import dataclasses
@@ -16,7 +18,8 @@ from rlhf_jax.algorithms.base import has_signal
 from rlhf_jax.ops import groups
 from rlhf_jax.ops.importance import check_bounds, held_weights, log_weights
 from rlhf_jax.ops.masking import fill_padding, mean_of
-from rlhf_jax.types import Algorithm
+from rlhf_jax.ops.surrogate import filled
+from rlhf_jax.types import Algorithm, Mean, Term
 
 SELECTIONS = ("signal", "range")
 _EDGE = 1e-6  # a share such as 7/10 may be off in its last bit, and a limit counts as inside
@@ -151,6 +154,48 @@ def select(
     return algorithm._replace(targets=targets, select=chosen)
 
 
+def imitate(
+    algorithm: Algorithm, *, reward: str, above: float | int, weight: float | int
+) -> Algorithm:
+    """Adds the likelihood of right completions: L ← L + μ · mean over their tokens of −log π.
+
+    Right are those whose score by `reward` is larger than `above`. The positive-example loss of
+    Yue et al. 2025 (VAPO), https://arxiv.org/abs/2504.05118, with μ = 0.1 there, so that rare
+    right answers are used more than a clipped surrogate does. The mean is over all tokens that
+    train (the targets' mask) of right completions in the minibatch; without any the term is 0.
+    ``policy/imitated`` is their share of all completions. A score that is not a number reaches the
+    loss, so that the update is skipped and counted.
+
+    Args:
+        reward: label of the reward whose unweighted scores decide.
+        above: in units of that score.
+        weight: μ.
+
+    Example:
+        >>> algorithm = imitate(grpo(), reward="exact", above=0.5, weight=0.1)
+    """
+    if not weight > 0:
+        raise ValueError(f"weight={weight}; wanted more than 0, such as 0.1, or leave imitate out")
+
+    @jax.named_scope("imitate_loss")
+    def loss(output, experience, targets, group_size):
+        terms, metrics = algorithm.loss(output, experience, targets, group_size)
+        if "imitate" in terms:
+            raise ValueError("the loss has a term 'imitate' already; leave algorithm.imitate out")
+        scores = jax.lax.stop_gradient(_part(experience.scores, reward, key="imitate"))
+        scores = scores.astype(jnp.float32)
+        right = ~(scores <= above)  # what is not a number too
+        mask = jnp.asarray(targets.mask) & right[:, None]
+        (logprobs,) = filled(mask, output.logprobs)
+        row_weight = jnp.where(jnp.isnan(scores), jnp.nan, 1.0)[:, None]
+        term = Term(weight=weight, mean=mean_of(-logprobs * row_weight, mask))
+        rows = jnp.float32(right.shape[0])
+        share = Mean(total=jnp.sum(scores > above, dtype=jnp.float32), count=rows)
+        return {**terms, "imitate": term}, {**metrics, "policy/imitated": share}
+
+    return algorithm._replace(loss=loss)
+
+
 def _check_terms(key, terms):
     """Half of a pair, say, would be trained on in silence."""
     if "policy" not in terms:
@@ -160,10 +205,10 @@ def _check_terms(key, terms):
         )
 
 
-def _part(scores, reward):
+def _part(scores, reward, key="select"):
     """One number per completion: a part of the scores."""
     if reward not in scores.parts:
-        raise ValueError(f"select: no reward {reward!r}; known: {', '.join(sorted(scores.parts))}")
+        raise ValueError(f"{key}: no reward {reward!r}; known: {', '.join(sorted(scores.parts))}")
     return scores.parts[reward]
 
 

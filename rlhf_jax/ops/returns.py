@@ -54,6 +54,22 @@ def gae(
     return advantages, advantages + values
 
 
+def length_adaptive_lambda(
+    mask: Bool[Array, "*B T"], alpha: Float[Array, ""] | float | int
+) -> Float[Array, "*B"]:
+    """λ_i = max(0, 1 − 1 / (α |y_i|)) of each row, |y_i| being its valid tokens; 0 for none.
+
+    Σ_u λ^u = 1 / (1 − λ) = α |y|: an advantage reaches a fixed share of the completion ahead,
+    however long it is. α = 0.05 gives 0.8 at 100 tokens and 0.98 at 1000; rows of 1/α tokens or
+    fewer have λ = 0 (the formula would be negative).
+
+    Yue et al. 2025 (VAPO), https://arxiv.org/abs/2504.05118, section on length-adaptive GAE; the
+    bound at 0 is ours.
+    """
+    tokens = jnp.sum(mask, axis=-1, dtype=jnp.float32)
+    return jnp.maximum(0.0, 1.0 - 1.0 / (alpha * jnp.maximum(tokens, 1.0)))
+
+
 def discounted_returns(
     rewards: Float[Array, "*B T"], mask: Bool[Array, "*B T"], *, gamma: Float[Array, ""] | float
 ) -> Float[Array, "*B T"]:

@@ -80,8 +80,13 @@ def make_experience(
     ref_out: CompletionOutput | None,
     value_out: CompletionOutput | None,
     extra: dict[str, Texts],
+    kl_coef: Float[Array, ""] | None = None,
 ) -> Experience:
-    """Joins rollouts, scores and the models' outputs; passes that were skipped become zeros."""
+    """Joins rollouts, scores and the models' outputs; passes that were skipped become zeros.
+
+    Args:
+        kl_coef: β in this step where a controller drives it.
+    """
     zeros = _zeros_like(policy_out.logprobs)
     return Experience(
         rollouts=rollouts,
@@ -90,6 +95,7 @@ def make_experience(
         ref_logprobs=zeros if ref_out is None else ref_out.logprobs,
         values=zeros if value_out is None else value_out.scores["value"],
         extra=extra,
+        kl_coef=kl_coef,
     )
 
 

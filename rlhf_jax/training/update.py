@@ -9,6 +9,7 @@
 Minibatches and microbatches are whole groups; the innermost two lines are `gradients.descend`.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -104,23 +105,42 @@ def make_update_step(
         ValueError: at build for impossible arguments; at tracing for a batch that does not
             split into whole groups, or without the extra rows that the algorithm names.
     """
-    sizes = dict(
-        epochs=epochs, minibatches=minibatches, microbatches=microbatches, group_size=group_size
+    plan = plan_update(
+        models,
+        algorithm,
+        optimizers,
+        temperature=temperature,
+        epochs=epochs,
+        minibatches=minibatches,
+        microbatches=microbatches,
+        group_size=group_size,
     )
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}={size}; wanted 1 or more")
-    if group_size < algorithm.needs.min_group:
-        raise ValueError(
-            f"group_size={group_size}; the algorithm needs {algorithm.needs.min_group} or more"
-        )
-    check_roles(models, optimizers, algorithm.needs)
-    plan = Plan(models, algorithm, optimizers, temperature=temperature, **sizes)
 
     def update_step(state, frozen, experience, key):
         return _update(plan, state, frozen, experience, key)
 
     return update_step
+
+
+def plan_update(
+    models: Models,
+    algorithm: Algorithm,
+    optimizers: Optimizers,
+    *,
+    temperature: Float[Array, ""] | float,
+    **sizes: int,
+) -> Plan:
+    """The `Plan` of `make_update_step`'s arguments; a ValueError for impossible ones."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}={size}; wanted 1 or more")
+    if sizes["group_size"] < algorithm.needs.min_group:
+        raise ValueError(
+            f"group_size={sizes['group_size']}; the algorithm needs {algorithm.needs.min_group} or "
+            "more"
+        )
+    check_roles(models, optimizers, algorithm.needs)
+    return Plan(models, algorithm, optimizers, temperature=temperature, **sizes)
 
 
 def compile_update(step: UpdateStep, state: TrainState, mesh: Mesh) -> UpdateStep:
@@ -142,7 +162,7 @@ def _update(
     plan: Plan, state: TrainState, frozen: Frozen, experience: Experience, key: jax.Array
 ) -> tuple[TrainState, Metrics]:
     """All epochs of one batch of experience."""
-    _check_batch(plan, experience)
+    check_batch(plan, experience)
     with jax.named_scope("targets"):
         targets, algorithm_state = plan.algorithm.targets(
             experience, plan.group_size, state.algorithm
@@ -150,18 +170,8 @@ def _update(
     # Gradients flow through the model's output alone.
     batch = jax.lax.stop_gradient(Batch(experience, targets))
     problem = _policy_problem(plan, frozen)
-    shuffles = plan.epochs * plan.minibatches > 1
-
-    def run_epoch(carry, epoch):
-        rows = batch
-        if shuffles:
-            rows = permute_groups(batch, jax.random.fold_in(key, epoch), plan.group_size)
-            rows = constrain_rows(rows, plan.models.policy.rules)
-        chunks = split_groups(rows, plan.minibatches, plan.group_size)
-        return jax.lax.scan(functools.partial(_run_minibatch, plan, problem), carry, chunks)
-
     carry = Carry(dict(state.params), dict(state.opt_state), state.skipped, state.lr_scale)
-    carry, metrics = jax.lax.scan(run_epoch, carry, jnp.arange(plan.epochs))
+    carry, metrics = run_epochs(plan, problem, carry, batch, key)
     first = jax.tree.map(lambda x: x[0, 0], metrics.pop("update/first_logprob_gap"))
     metrics = jax.tree.map(lambda x: jnp.sum(x, axis=(0, 1)), metrics)
     state = TrainState(
@@ -179,6 +189,32 @@ def _update(
         "update/first_logprob_gap": first,
         "update/skipped_in_row": in_row,
     }
+
+
+def run_epochs(
+    plan: Plan, problem: Problem, carry: Carry, batch: Batch, key: jax.Array
+) -> tuple[Carry, Metrics]:
+    """All epochs of a batch; the roles of ``carry`` train. Metrics are [epochs, minibatches]."""
+    # The only leaf without rows to permute and split: it joins every microbatch again.
+    kl_coef = batch.experience.kl_coef
+    batch = batch._replace(experience=dataclasses.replace(batch.experience, kl_coef=None))
+
+    def loss(output, chunk):
+        experience = dataclasses.replace(chunk.experience, kl_coef=kl_coef)
+        return problem.loss(output, chunk._replace(experience=experience))
+
+    joined = problem._replace(loss=loss)
+    shuffles = plan.epochs * plan.minibatches > 1
+
+    def run_epoch(carry, epoch):
+        rows = batch
+        if shuffles:
+            rows = permute_groups(batch, jax.random.fold_in(key, epoch), plan.group_size)
+            rows = constrain_rows(rows, plan.models.policy.rules)
+        chunks = split_groups(rows, plan.minibatches, plan.group_size)
+        return jax.lax.scan(functools.partial(_run_minibatch, plan, joined), carry, chunks)
+
+    return jax.lax.scan(run_epoch, carry, jnp.arange(plan.epochs))
 
 
 def explained_variance(experience: Experience, targets: Targets) -> Mean:
@@ -201,7 +237,7 @@ def _run_minibatch(
     """One optimizer step."""
     chunks = split_groups(minibatch, plan.microbatches, plan.group_size)
     chunks = constrain_rows(chunks, plan.models.policy.rules, chunked=True)
-    return descend(problem, plan.optimizers, carry, chunks)
+    return descend(problem, {role: plan.optimizers[role] for role in carry.params}, carry, chunks)
 
 
 def _policy_problem(plan, frozen):
@@ -241,16 +277,7 @@ def _forward(models, params, frozen, rollouts, extra, temperature) -> Completion
         }
     scores = dict(policy.scores)
     if models.value is not None:
-        with jax.named_scope("value"):
-            value = evaluate_completions(
-                models.value,
-                params["value"],
-                frozen["value"],
-                rollouts,
-                temperature=temperature,
-                rows=None,
-            )
-        scores |= value.scores
+        scores |= value_scores(models, params, frozen, rollouts, temperature)
     return CompletionOutput(
         logprobs=policy.logprobs,
         entropy=policy.entropy,
@@ -258,6 +285,20 @@ def _forward(models, params, frozen, rollouts, extra, temperature) -> Completion
         pooled=policy.pooled,
         extra=rows or None,
     )
+
+
+def value_scores(models, params, frozen, rollouts, temperature) -> dict[str, Array]:
+    """What a critic of its own says of one microbatch: {"value": [B T]}."""
+    with jax.named_scope("value"):
+        value = evaluate_completions(
+            models.value,
+            params["value"],
+            frozen["value"],
+            rollouts,
+            temperature=temperature,
+            rows=None,
+        )
+    return value.scores
 
 
 # Splitting and permuting: groups stay whole, and prompts and extra rows count as groups of one.
@@ -309,7 +350,7 @@ def _keep_finite(new, old):
     return choose(functools.reduce(jnp.logical_and, checks, jnp.ones((), bool)), new, old)
 
 
-def _check_batch(plan, experience):
+def check_batch(plan: Plan, experience: Experience) -> None:
     """Raises a ValueError for a batch that this plan cannot split."""
     rollouts, needs = experience.rollouts, plan.algorithm.needs
     if rollouts.group_size != plan.group_size:

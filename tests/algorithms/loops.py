@@ -174,6 +174,11 @@ def gae(rewards, values, gamma, lam):
     return to_go(errors, gamma * lam)
 
 
+def adaptive_lambda(row, alpha):
+    """1 − 1/(α |y|), and 0 where that is negative; a row without a token has no λ to speak of."""
+    return max(0.0, 1.0 - 1.0 / (alpha * len(row.old))) if row.old else 0.0
+
+
 def whitened(x):
     """(x − mean) / std over all tokens of all rows."""
     flat = [v for row in x for v in row]

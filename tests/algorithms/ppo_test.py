@@ -12,19 +12,24 @@ from tests.algorithms.loops import Loss, Wanted, batch, ours
 
 def ppo_loop(
     experience, loss, *, gamma=1.0, lam=0.95, critic_lam=None, beta=0.0, estimator="k1",
-    white=True, value_clip=0.2, value_coef=1.0,
+    white=True, value_clip=0.2, value_coef=1.0, alpha=None,
 ):  # fmt: skip
     """PPO as it is written down, with rewards per token and the clipped value loss."""
     rows = loops.rows_of(experience)
     rewards = [loops.token_rewards(row, beta, estimator) for row in rows]
 
-    def estimates(lam):
-        return [loops.gae(r, row.values, gamma, lam) for r, row in zip(rewards, rows, strict=True)]
+    def estimates(lam, alpha=None):
+        lams = [lam if alpha is None else loops.adaptive_lambda(row, alpha) for row in rows]
+        return [
+            loops.gae(r, row.values, gamma, own)
+            for r, row, own in zip(rewards, rows, lams, strict=True)
+        ]
 
-    advantages = estimates(lam)
+    advantages = estimates(lam, alpha)
+    learnt = advantages if critic_lam is None else estimates(critic_lam)
     returns = [
         [a + v for a, v in zip(row_advantages, row.values, strict=True)]
-        for row_advantages, row in zip(estimates(critic_lam or lam), rows, strict=True)
+        for row_advantages, row in zip(learnt, rows, strict=True)
     ]
     if white:
         advantages = loops.whitened(advantages)
@@ -63,6 +68,16 @@ CASES = {
         {"lam": 0.9, "value_lam": 1.0, "kl_coef": 0.0},
         Loss(dual=3.0),
         {"lam": 0.9, "critic_lam": 1.0},
+    ),
+    "λ by length, whole returns for the critic": (
+        {"lam_alpha": 0.5, "value_lam": 1.0, "kl_coef": 0.1, "clip_high": 0.28, "dual_clip": None},
+        Loss(high=0.28),
+        {"alpha": 0.5, "critic_lam": 1.0, "beta": 0.1},
+    ),
+    "λ by length for both": (
+        {"lam_alpha": 0.4, "kl_coef": 0.0, "whiten": False},
+        Loss(dual=3.0),
+        {"alpha": 0.4, "white": False},
     ),
     "KL in the loss, free values, no whitening, no dual clip": (
         {
@@ -162,5 +177,9 @@ def test_impossible_values_are_refused():
         ppo(kl_coef=-0.02)
     with pytest.raises(ValueError, match="unknown kl_place 'critic'; known: loss, reward"):
         ppo(kl_place="critic")
+    with pytest.raises(ValueError, match=r"lam=0.9 and lam_alpha=0.05 are both λ; leave one of"):
+        ppo(lam=0.9, lam_alpha=0.05)
+    with pytest.raises(ValueError, match=r"lam_alpha=0; wanted more than 0, such as 0.05"):
+        ppo(lam_alpha=0)
     with pytest.raises(TypeError, match="klcoef"):
         ppo(klcoef=0.1)

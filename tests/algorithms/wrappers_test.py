@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_jax.algorithms.grpo import grpo
 from rlhf_jax.algorithms.ppo import ppo
-from rlhf_jax.algorithms.wrappers import correction, omit_truncated, select
+from rlhf_jax.algorithms.wrappers import correction, imitate, omit_truncated, select
 from rlhf_jax.find import find, members
 from rlhf_jax.types import Scores
 from tests.conformance.algorithms_test import GROUP, LENGTHS, PROMPTS, ROWS, make_batch
@@ -311,3 +311,84 @@ def test_rows_of_a_member_are_on_their_own_where_it_takes_omission(name):
     whole, rest = slope(algorithm), slope(omit_truncated(algorithm))
     np.testing.assert_array_equal(rest[cut], 0)
     np.testing.assert_allclose(rest[~cut], whole[~cut], rtol=1e-6, atol=1e-7)
+
+
+# Imitation of right completions
+
+
+def scored(experience, scores):
+    parts = {"exact": jnp.asarray(scores, jnp.float32)}
+    return dataclasses.replace(
+        experience, scores=dataclasses.replace(experience.scores, parts=parts)
+    )
+
+
+RIGHT = np.array([1.0, 0.5, 1.0, 0.0, 0.9, 0.2] * 2)[:ROWS]  # the third row has no token
+
+
+@pytest.mark.parametrize("make", [grpo, ppo])
+def test_right_completions_are_imitated_as_in_a_loop(make):
+    """μ times the mean of −log π over the tokens of what scored above, its gradient as well; the
+    other terms are the algorithm's own."""
+    experience, output = make_batch(make(), padding=np.nan)
+    experience = scored(experience, RIGHT)
+    plain, wrapped = make(), imitate(make(), reward="exact", above=0.5, weight=0.1)
+    targets, base, _ = terms_of(plain, experience, output)
+    _, found, metrics = terms_of(wrapped, experience, output)
+    right = [i for i in range(ROWS) if RIGHT[i] > 0.5]
+    tokens = [float(output.logprobs[i, t]) for i in right for t in range(LENGTHS[i])]
+    np.testing.assert_allclose(found["imitate"], (-sum(tokens), len(tokens)), rtol=1e-5)
+    assert_same(base, {name: found[name] for name in base})
+    share = metrics["policy/imitated"]
+    assert (float(share.total), float(share.count)) == (len(right), ROWS)
+
+    def term(logprobs):
+        moved = dataclasses.replace(output, logprobs=logprobs)
+        one = wrapped.loss(moved, experience, targets, GROUP)[0]["imitate"]
+        return one.weight * one.mean.total / one.mean.count
+
+    gradient = np.asarray(jax.grad(term)(output.logprobs))
+    wanted = np.zeros(gradient.shape)
+    for i in right:
+        wanted[i, : LENGTHS[i]] = -0.1 / len(tokens)
+    np.testing.assert_allclose(gradient, wanted, rtol=1e-5)
+
+
+def test_without_a_right_completion_nothing_is_imitated():
+    experience, output = make_batch(grpo(), padding=np.nan)
+    wrapped = imitate(grpo(), reward="exact", above=1.0, weight=0.1)
+    _, found, metrics = terms_of(wrapped, scored(experience, RIGHT), output)
+    assert [float(x) for x in found["imitate"]] == [0.0, 0.0]
+    assert float(metrics["policy/imitated"].total) == 0.0
+
+
+def test_what_is_left_out_is_not_imitated_either():
+    experience, output = make_batch(grpo(), padding=np.nan)
+    cut = jnp.arange(ROWS) == 0
+    rollouts = dataclasses.replace(experience.rollouts, truncated=cut)
+    experience = scored(dataclasses.replace(experience, rollouts=rollouts), RIGHT)
+    values = dict(reward="exact", above=0.5, weight=0.1)
+    _, every, _ = terms_of(imitate(grpo(), **values), experience, output)
+    _, ended, _ = terms_of(imitate(omit_truncated(grpo()), **values), experience, output)
+    assert float(every["imitate"][1] - ended["imitate"][1]) == LENGTHS[0]
+
+
+def test_a_score_that_is_not_a_number_is_not_passed_over():
+    experience, output = make_batch(grpo(), padding=np.nan)
+    spoilt = np.where(np.arange(ROWS) == 1, np.nan, RIGHT)
+    wrapped = imitate(grpo(), reward="exact", above=0.5, weight=0.1)
+    _, found, _ = terms_of(wrapped, scored(experience, spoilt), output)
+    assert np.isnan(found["imitate"][0])
+
+
+def test_an_imitation_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match=r"weight=0; wanted more than 0, such as 0.1, or leave"):
+        imitate(grpo(), reward="exact", above=0.5, weight=0)
+    experience, output = make_batch(grpo())
+    with pytest.raises(ValueError, match="imitate: no reward 'exact'; known: a"):
+        terms_of(imitate(grpo(), reward="exact", above=0.5, weight=0.1), experience, output)
+    twice = imitate(
+        imitate(grpo(), reward="a", above=0.5, weight=0.1), reward="a", above=0, weight=1
+    )
+    with pytest.raises(ValueError, match="a term 'imitate' already"):
+        terms_of(twice, experience, output)

@@ -1,6 +1,7 @@
 """What every algorithm must do, run over every member of the shelf (defaults, small batch)."""
 
 import dataclasses
+import inspect
 import pathlib
 
 import jax
@@ -292,3 +293,26 @@ def test_needs_are_what_targets_and_loss_read(algorithm):
     found = run(algorithm, dataclasses.replace(experience, **changes), output)
     assert_close(wanted, found, rtol=0, atol=0)
     assert algorithm.needs.min_group <= GROUP
+
+
+DRIVEN = [
+    (name, options)
+    for name in members("algorithms")
+    if "kl_coef" in (parameters := inspect.signature(find("algorithms", name)).parameters)
+    for options in (
+        ({}, {"kl_place": "loss", "kl_estimator": "k2"}) if "kl_place" in parameters else ({},)
+    )
+]
+
+
+@pytest.mark.parametrize(("name", "options"), DRIVEN, ids=str)
+def test_a_driven_kl_coef_is_the_configured_one(name, options):
+    """β from the experience gives what the same β in the config gives; of no KL term, nothing."""
+    factory = find("algorithms", name)
+    algorithm, wanted = (factory(kl_coef=beta, **options) for beta in (0.25, 0.5))
+    assert algorithm.kl_coef.start == 0.25 and factory(kl_coef=0.0).kl_coef is None
+    experience, output = make_batch(algorithm, padding=np.nan)
+    other = dataclasses.replace(experience, kl_coef=jnp.float32(0.5))
+    expected, found = run(wanted, experience, output), run(algorithm, other, output)
+    assert_close(expected, found, rtol=1e-6, atol=1e-7)
+    assert not np.allclose(run(algorithm, experience, output)[1], found[1], rtol=1e-3, atol=0)

@@ -71,7 +71,8 @@ def test_a_config_names_what_exists(name, tmp_path, monkeypatch):
 
 
 def test_every_algorithm_has_the_settings_of_its_paper():
-    assert METHODS.keys() == set(members("algorithms"))
+    algorithms = {paper["algorithm"].get("name", method) for method, paper in METHODS.items()}
+    assert algorithms == set(members("algorithms"))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -79,5 +80,6 @@ def test_the_settings_of_a_paper_can_be_planned(method, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     config = load("methods", f"method={method}")
     plan = make_plan(config)
-    assert config.algorithm.name == method
+    assert config.algorithm.name == METHODS[method]["algorithm"].get("name", method)
+    assert (plan.pretraining.steps > 0) == ("pretrain" in METHODS[method])
     assert plan.sizes.samples >= plan.algorithm.needs.min_group

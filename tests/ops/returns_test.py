@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.ops.returns import discounted_returns, gae, reward_to_go
+from rlhf_jax.ops.returns import (
+    discounted_returns,
+    gae,
+    length_adaptive_lambda,
+    reward_to_go,
+)
 
 NAN = float("nan")
 
@@ -109,3 +114,13 @@ def test_gradients_ignore_padding():
     for gradient in jax.grad(total, argnums=(0, 1))(jnp.asarray(rewards), jnp.asarray(values)):
         assert np.all(np.isfinite(gradient))
         np.testing.assert_array_equal(np.asarray(gradient)[~mask], 0)
+
+
+def test_lambda_by_length_in_the_papers_numbers():
+    """VAPO: 0.8 at 100 tokens and 0.98 at 1000, for α = 0.05; never below 0."""
+    lengths = np.array([100, 1000, 20, 19, 1, 0, 40])
+    # Left and right padding and gaps count alike: only valid tokens do.
+    mask = np.arange(1200)[::-1] < lengths[:, None]
+    found = length_adaptive_lambda(mask, 0.05)
+    np.testing.assert_allclose(found, [0.8, 0.98, 0, 0, 0, 0, 0.5], rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(length_adaptive_lambda(mask[:2], 0.1), [0.9, 0.99], rtol=1e-6)

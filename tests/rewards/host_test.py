@@ -1,7 +1,5 @@
 """Rewards on the host: rows and arrays, threads and time limits, failures that are never silent."""
 
-import os
-import pathlib
 import socket
 import subprocess
 import sys
@@ -17,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rlhf_jax.mesh import ShardingRules, make_mesh, shard_batch
 from rlhf_jax.rewards.base import combine, host_reward
 from rlhf_jax.rewards.host import run_all
+from tests.processes import environment
 from tests.rewards.examples import TOKENIZER, random_rollouts, spell
 
 ROLLOUTS = spell(["p", "q"], ["one", "two", "three", "fourth"], group=2, records=[7, 9])
@@ -197,12 +196,10 @@ def test_each_of_two_processes_judges_its_own_rows_only():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    root = pathlib.Path(__file__).parents[2]
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
     started = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, address, str(number)],
-            env=environment,
+            env=environment(XLA_FLAGS=""),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

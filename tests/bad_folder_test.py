@@ -30,8 +30,7 @@ from tests.bad_input_test import (  # noqa: F401
     trained_run,
 )
 from tests.models.load_test import KINDS, write_folder
-
-ROOT = pathlib.Path(__file__).parents[1]
+from tests.processes import ROOT, ends_of, environment
 
 
 def test_a_workdir_of_another_config(trained, tmp_path, capsys):
@@ -113,11 +112,10 @@ def test_a_stage_may_become_longer_unless_others_were_made_from_it(tmp_path, cap
     assert "rollout.prompts=3" in refused(pipeline, config, tmp_path, capsys)
 
 
-def start(program: str, *flags: str, **options) -> subprocess.Popen:
+def start(program: str, *flags: str) -> subprocess.Popen:
     command = [sys.executable, "-m", f"rlhf_jax.{program}", *flags]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+    return subprocess.Popen(command, cwd=ROOT, env=environment(XLA_FLAGS=""), **pipes)
 
 
 CONFIGS = {
@@ -132,7 +130,6 @@ CONFIGS = {
 
 
 def test_command_lines_end_with_status_2(tmp_path):
-    """Processes of their own, side by side."""
     tiny, workdir = "--config=configs/ppo_tiny.py", f"--workdir={tmp_path}/run"
     cases = [((tiny, workdir, "stray"), "unknown arguments: stray; wanted --config=FILE")]
     cases += [((tiny,), "--workdir"), ((tiny, workdir, "--config.seed=x"), "x")]
@@ -140,12 +137,12 @@ def test_command_lines_end_with_status_2(tmp_path):
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "c.py").write_text(text)
         cases.append(((f"--config={tmp_path}/{number}/c.py", workdir), message))
-    running = [(start("train_policy", *flags), message) for flags, message in cases]
-    for process, message in running:
-        _, stderr = process.communicate(timeout=300)
-        assert process.returncode == 2, stderr
-        assert stderr.count("error: ") == 1 and message in stderr.splitlines()[-1], stderr
-        assert "Traceback" not in stderr
+    ends = ends_of([("train_policy", *flags) for flags, _ in cases], tmp_path / "said")
+    for done, (_, message) in zip(ends, cases, strict=True):
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.count("error: ") == 1, done.stderr
+        assert message in done.stderr.splitlines()[-1], done.stderr
+        assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -1,7 +1,5 @@
 """Completions of a file: the published model's own choices, whatever the batch."""
 
-import os
-import pathlib
 import subprocess
 import sys
 
@@ -16,8 +14,8 @@ from rlhf_jax.models.config import named_size
 from rlhf_jax.score import score
 from tests.model_folders import CONFIG, TENSORS, hf_folder, read, run_of, write
 from tests.models.load_test import reference_logits
+from tests.processes import ROOT, ends_of, environment
 
-ROOT = pathlib.Path(__file__).parents[1]
 PROMPTS = [
     dict(tokens=[3, 1, 4, 1, 5], id="a"),
     dict(prompt="two words and a little more", id="b"),  # wider than the others
@@ -172,51 +170,62 @@ def test_a_reward_model_samples_nothing(tmp_path):
         run(folder, tmp_path)
 
 
-def start(*flags):
-    return subprocess.run(
-        [sys.executable, "-m", "rlhf_jax.generate", *flags],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+BAD = (
+    (["--model=x"], "--prompts, --output missing"),
+    (["--modle=x"], "modle"),
+    (["--samples=two"], "samples"),
+    (["--config=configs/ppo_tiny.py"], "--config"),
+)
+
+
+@pytest.fixture(scope="module")
+def ends(hf, tmp_path_factory):
+    """How the command lines ended that sample nothing; the last two: a file is there, --help."""
+    folder = tmp_path_factory.mktemp("ends")
+    there = folder / "out.jsonl"
+    there.write_text("")
+    whole = ["--model=a", "--prompts=b", "--output=c"]
+    lines = [[*(whole if flags[0] != "--model=x" else []), *flags] for flags, _ in BAD]
+    prompts = write(folder / "in.jsonl", PROMPTS)
+    lines += [[f"--model={hf}", f"--prompts={prompts}", f"--output={there}", "--tokenizer=byte"]]
+    return ends_of([("generate", *flags) for flags in [*lines, ["--help"]]], folder / "said")
 
 
 def test_the_command_line(hf, tmp_path):
     prompts = write(tmp_path / "in.jsonl", PROMPTS)
     output = tmp_path / "out.jsonl"
     flags = [f"--model={hf}", f"--prompts={prompts}", f"--output={output}", "--tokenizer=byte"]
-    done = start(*flags, "--max_tokens=2", "--greedy", "--temperature=0.5")
+    flags += ["--max_tokens=2", "--greedy", "--temperature=0.5"]
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf_jax.generate", *flags],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert [row["id"] for row in read(output)] == list("abcde")
-    again = start(*flags, "--max_tokens=2")
+
+
+def test_a_file_that_is_there_is_kept(ends):
+    again = ends[-2]
     assert again.returncode == 2 and "Traceback" not in again.stderr
-    assert (
-        again.stderr.strip().splitlines()[-1].startswith(f"error: --output={str(output)!r} exists")
-    )
+    last = again.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: --output=") and "out.jsonl' exists" in last
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--model=x"], "--prompts, --output missing"),
-        (["--modle=x"], "modle"),
-        (["--samples=two"], "samples"),
-        (["--config=configs/ppo_tiny.py"], "--config"),
-    ],
-)
-def test_bad_flags_end_with_one_line_and_status_2(flags, words):
-    wanted = ["--model=a", "--prompts=b", "--output=c"] if flags[0] != "--model=x" else []
-    done = start(*wanted, *flags)
+@pytest.mark.parametrize("case", range(len(BAD)), ids=[words for _, words in BAD])
+def test_bad_flags_end_with_one_line_and_status_2(ends, case):
+    done, (_, words) = ends[case], BAD[case]
     assert done.returncode == 2, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ") and words in last
     assert "Traceback" not in done.stderr
 
 
-def test_help_lists_the_flags():
-    shown = start("--help").stdout
+def test_help_lists_the_flags(ends):
+    shown = ends[-1].stdout
     assert all(f"--{name}" in shown for name in ("model", "samples", "[no]greedy", "process_id"))
     assert "--workdir" not in shown

@@ -35,6 +35,16 @@ def test_logits(both):
     np.testing.assert_allclose(ours, wanted, rtol=0, atol=TOLERANCE)
 
 
+# Variants of others here: their generation differs from those by what test_logits compares, and
+# that a cache continues the full pass is tested for every option in tests/conformance.
+VARIANTS = {"llama 3.1", "llama, biases", "mistral, no window", "qwen2", "glm"}
+
+
+@pytest.mark.parametrize(
+    "both",
+    [pytest.param(n, marks=[pytest.mark.slow] if n in VARIANTS else []) for n in CONFIGS],
+    indirect=True,
+)
 def test_greedy_generation(both):
     ours, wanted = tokens_of_both(*both)
     assert ours.shape == wanted.shape == (3, 64)

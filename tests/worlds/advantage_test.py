@@ -40,7 +40,8 @@ from rlhf_jax.types import Texts
 from tests.worlds import linear
 
 CATEGORIES, FEATURES, WORTH = 8, 8, 1.1
-PAIRS, LEVELS, SEEDS = 4_000, 3.0, 2
+PAIRS, LEVELS = 4_000, 3.0
+SEEDS = [0, pytest.param(1, marks=pytest.mark.slow)]
 PROMPTS, PER_STYLE, NATS = 300, 8, 1.5
 # Of a token: which prompt it is, or which style an answer has, and its features.
 WIDTH = 2 * CATEGORIES + FEATURES
@@ -181,7 +182,7 @@ def outcome(form, seed) -> Outcome:
     )
 
 
-@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_an_advantage_model_ranks_as_well_without_levels(seed):
     plain, bounded = outcome("reward model", seed), outcome("advantage model", seed)
     assert 0.72 < plain.accuracy < 0.76 and plain.styles > 2.5
@@ -191,14 +192,14 @@ def test_an_advantage_model_ranks_as_well_without_levels(seed):
     assert bounded.gain > 1.5 * plain.gain
 
 
-@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_squeezed_scores_are_calibrated_by_one_temperature(seed):
     found = outcome("advantage model", seed)
     assert found.ece > 0.05 > found.ece_scaled
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_bound_on_the_difference_leaves_half_of_each_style(seed):
     """What e can take of a level it takes, and an answer in another style still shows the rest."""
     plain, literal = outcome("reward model", seed), outcome("the bound on r - e", seed)
@@ -208,7 +209,7 @@ def test_a_bound_on_the_difference_leaves_half_of_each_style(seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_what_is_expected_of_prompts_alone_takes_no_style(seed):
     plain, expected = outcome("reward model", seed), outcome("e without a bound", seed)
     assert expected.categories < 0.1 * plain.categories

@@ -13,6 +13,10 @@ dialogues ``chosen`` and ``rejected`` in the form of HH-RLHF, which share all bu
 The last stage prints the accuracy on the test pairs beside that of "the longer one wins", which is
 hard to beat on many sets of human preferences (`docs/results/real_input.md`).
 
+``kind`` says what is trained: "outcome", "advantage" (scores within ±2.5, less what is expected of
+the prompt; the reward ``advantage_model`` reads it) or "odin" (length kept out of quality; the
+reward ``outcome_model`` with ``head="quality"`` reads it).
+
 Other arguments: ``tokenizer`` ("byte", a folder or a tokenizer.json), ``size`` (random weights of a
 named size) or ``model`` (a Hugging Face folder to start from, whose tokenizer is used),
 ``max_length`` (tokens of prompt and reply; longer ones are left out), ``rows`` (pairs per step),
@@ -56,14 +60,26 @@ def card(args: ConfigDict) -> dict:
     )
 
 
+KINDS = dict(
+    outcome=dict(score_heads=("outcome",)),
+    advantage=dict(
+        score_heads=("outcome", "expected"),
+        advantage=dict(margin=2.5, bound_coef=1.0, expected_coef=0.1),
+    ),
+    odin=dict(score_heads=("quality", "length"), odin=dict(length_coef=1.0, orthogonal_coef=1.0)),
+)
+
+
 def reward(args: ConfigDict) -> dict:
-    """The outcome model."""
+    """The reward model."""
+    if args.kind not in KINDS:
+        raise ValueError(f"kind={args.kind!r}; known: {', '.join(KINDS)}")
     start = dict(init_from=args.model) if args.model else dict(name=args.size, init_from="")
     return dict(
         seed=args.get_ref("seed"),
         mesh=MESH,
         model=start,
-        reward=dict(score_heads=("outcome",)),
+        reward=KINDS[args.kind],
         data=dict(tokenizer=tokenizer(args)),
         sources=dict(pairs=pairs(args, args.train, args.rows)),
         optimizer=dict(
@@ -115,6 +131,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         train="train.jsonl.gz",
         test="test.jsonl.gz",
         dialogue=False,
+        kind="outcome",
         origin="",
         annotators="",
         aggregation="",

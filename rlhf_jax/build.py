@@ -249,14 +249,16 @@ def reward_model(section: ConfigDict, path: str = "rewards") -> dict[str, Any] |
     """Fields of the model that a reward's factory asks for; None where it asks for none.
 
     A factory that names `model` among its parameters is learned. One with a `head` reads that
-    scalar head and needs no LM head; one without reads log-probs.
+    scalar head, and with `expected` that one too, and needs no LM head; one without reads
+    log-probs.
     """
     wanted = inspect.signature(member(path, "rewards", section)).parameters
     if "model" not in wanted:
         return None
     if "head" not in wanted:
         return {"lm_head": True, "score_heads": ()}
-    return {"lm_head": False, "score_heads": (section.get("head", wanted["head"].default),)}
+    heads = [section.get(n, wanted[n].default) for n in ("head", "expected") if n in wanted]
+    return {"lm_head": False, "score_heads": tuple(heads)}
 
 
 def check_reward(label: str, section: ConfigDict) -> None:

@@ -53,6 +53,20 @@ _LOSSES = {
     "pairs": "Bradley-Terry with soft labels and margins, at the last token",
     "correctness": "binary cross-entropy at the last token",
     "steps": "binary cross-entropy at the ends of steps, the mean of each solution",
+    "texts": "",
+}
+# What heads that train together have beside that.
+_EXPECTED = "squared error of what is expected of the prompt"
+_JOINT = {
+    "advantage": {
+        "pairs": f"; a bound on scores; {_EXPECTED}, unless sampled answers say it",
+        "correctness": f"; {_EXPECTED}",
+        "texts": _EXPECTED,
+    },
+    "odin": {
+        "pairs": ", of the sum of quality and length; correlations of both with the number of "
+        "tokens; overlap of their weights"
+    },
 }
 # Keys of a source that say where it is and how it is run, not what was done to its data.
 _PLAIN = ("kind", "name", "split", "data_dir", "options", "weight", "rows")
@@ -169,10 +183,11 @@ def model_facts(fit: Fit) -> dict[str, Any]:
 
 def training_facts(config: ConfigDict) -> dict[str, Any]:
     """What the run minimised, and how."""
+    joint = next((name for name in _JOINT if name in config.reward), "")
     losses = [
         {
             "source": label,
-            "loss": _LOSSES[section.kind],
+            "loss": _LOSSES[section.kind] + _JOINT.get(joint, {}).get(section.kind, ""),
             "head": section.get("head", ""),
             "weight": section.weight,
             "rows": section.rows,
@@ -183,6 +198,7 @@ def training_facts(config: ConfigDict) -> dict[str, Any]:
         "losses": losses,
         "centre_coef": config.updates.get("centre_coef", 0.0),
         "smoothing": config.updates.get("smoothing", 0.0),
+        **({joint: config.reward[joint].to_dict()} if joint else {}),
         "optimizer": config.optimizer.to_dict(),
         "steps": config.train.steps,
         "seed": config.seed,

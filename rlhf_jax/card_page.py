@@ -25,6 +25,7 @@ _PROBES = {
     "prompt_offset": "variance of scores between prompts, of all variance",
 }
 _TASKS = {"outcome": "text-classification", "process": "token-classification"}
+_JOINT = ("advantage", "odin")  # heads that train together
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")
 
@@ -106,11 +107,12 @@ def _training(training: Mapping[str, Any]) -> list[str]:
         [one["source"], one["loss"], one["head"] or "–", str(one["weight"]), str(one["rows"])]
         for one in training["losses"]
     ]
+    joint = [f"{n}: {_values(training[n]) or 'as usual'}; " for n in _JOINT if n in training]
     return [
         "", "## Training", "",
         *_table(["source", "loss", "head of its own", "weight", "rows per step"], losses),
         "",
-        f"{training['steps']} steps, seed {training['seed']}; centring "
+        f"{training['steps']} steps, seed {training['seed']}; {''.join(joint)}centring "
         f"{training['centre_coef']}, label smoothing {training['smoothing']}; optimizer: "
         f"{_values(training['optimizer'])}.",
     ]  # fmt: skip

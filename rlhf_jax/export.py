@@ -12,7 +12,10 @@ What a run trained becomes what ``--what`` says:
                 and ``value.bias`` [1], whose product with the last hidden state is the value
 
 A reward run with an outcome and a process head exports either; a head of another name, which serves
-both, becomes the classifier of tokens, which scores every token as it does.
+both, becomes the classifier of tokens, which scores every token as it does. ODIN's outcome model is
+its quality head; length is dropped, as in a policy run. An advantage model's score is r − e, and a
+classifier has no place for e: with ``--what=outcome`` r alone is written, which ranks the answers
+to one prompt alike, and without it the run is refused.
 
 An ensemble is written member by member, a folder each (``--member=0``, ...): whole models of the
 same form, so its scores are the mean of theirs, or what `rlhf_jax.ops.ensemble` makes of them.
@@ -39,6 +42,7 @@ from rlhf_jax import base_files, card, card_page, program, roles, run_folder
 from rlhf_jax.mesh import ShardingRules, make_mesh
 from rlhf_jax.models.config import DTYPES, ModelConfig
 from rlhf_jax.models.families import architecture, family_of
+from rlhf_jax.models.heads import QUALITY_HEAD, is_advantage, is_odin
 from rlhf_jax.models.load import load_hf
 from rlhf_jax.models.lora import merge_lora, partition
 from rlhf_jax.models.members import member_of
@@ -142,12 +146,19 @@ def find_subject(models: dict[str, ModelConfig], what: str) -> Subject:
                 # A classifier of tokens has a constant, as all heads of other names have.
                 become = head if head in ROLES else "process"
                 possible[become] = Subject(role, head, become)
+        if is_odin(heads):
+            possible["outcome"] = Subject(role, QUALITY_HEAD, "outcome")
     if trained == "policy":
         possible["policy"] = Subject("policy", "", "policy")
         default = "policy"
     else:
         default = next(iter(possible)) if len(possible) == 1 else ""
     chosen = what or default
+    if not what and is_advantage(models[trained].score_heads):
+        raise ValueError(
+            "--what is missing: the run is an advantage model, r − e, and no published form has a "
+            "place for e; --what=outcome writes r alone, which ranks answers to one prompt alike"
+        )
     if chosen not in possible:
         said = f"--what={what!r}: the run" if what else "--what is missing: the run"
         raise ValueError(f"{said} can become {', '.join(possible) or 'nothing that is known'}")

@@ -21,6 +21,7 @@ from rlhf_jax.data.examples import ExampleSource
 from rlhf_jax.data.members import MemberSource
 from rlhf_jax.mesh import ShardingRules, batch_shards
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.heads import QUALITY_HEAD, is_odin
 from rlhf_jax.models.lora import partition
 from rlhf_jax.models.members import repeated
 from rlhf_jax.models.passes import check_positions
@@ -34,6 +35,8 @@ from rlhf_jax.training.experience import COMPILER_OPTIONS
 from rlhf_jax.training.keys import Purpose, step_key
 from rlhf_jax.training.objective import first_rows
 from rlhf_jax.training.supervised import (
+    Joint,
+    check_joint,
     check_smoothing,
     create_supervised_state,
     label_tables,
@@ -60,14 +63,23 @@ class Fit(NamedTuple):
     held_out: Mapping[str, ExampleSource]
     optimizer: Any
     direct: DirectPreference | None = None
+    joint: Joint | None = None  # of reward models with heads that train together
 
 
-def check(config: ConfigDict, role: str, kinds: tuple[str, ...], **changes: Any) -> Fit:
+def check(
+    config: ConfigDict,
+    role: str,
+    kinds: tuple[str, ...],
+    *,
+    joint: Joint | None = None,
+    **changes: Any,
+) -> Fit:
     """Checks ``config`` and builds what needs neither parameters nor data.
 
     Args:
         role: the name under which the model trains and is found by later stages.
         kinds: the kinds of source that this program trains on.
+        joint: how heads that train together say one score.
         changes: fields of the model that the program decides (its heads).
 
     Raises:
@@ -95,6 +107,7 @@ def check(config: ConfigDict, role: str, kinds: tuple[str, ...], **changes: Any)
     smoothing = config.updates.get("smoothing", 0.0)
     with within("updates"):
         check_smoothing(described, smoothing)
+        check_joint(described, joint, smoothing)
     if smoothing and not _smoothed(config):
         raise ValueError(f"updates.smoothing={smoothing} but no source is of kind pairs")
     for part, sections in (("sources", config.sources), ("eval.sources", config.eval.sources)):
@@ -118,6 +131,7 @@ def check(config: ConfigDict, role: str, kinds: tuple[str, ...], **changes: Any)
         {},
         {},
         optimizer,
+        joint=joint,
     )
 
 
@@ -217,6 +231,7 @@ def evaluator(fit: Fit):
         return lambda params, frozen: {}
     sections = fit.config.eval.sources
     heads = head_names(fit.described) | dict(heads=own_heads(sections), direct=fit.direct)
+    heads |= dict(joint=fit.joint)
 
     def step(name):
         judge = make_supervised_evaluate(fit.model, {name: 1.0}, role=fit.role, **heads)
@@ -243,10 +258,10 @@ def evaluator(fit: Fit):
 
 
 def head_names(model: ModelConfig) -> dict[str, str]:
-    """Which heads score texts and steps: the names themselves, or one head for both."""
+    """Which heads score texts and steps: the names themselves, one head for both, or ODIN's."""
     if len(model.score_heads) == 1:
         return {"outcome_head": model.score_heads[0], "process_head": model.score_heads[0]}
-    return {}
+    return {"outcome_head": QUALITY_HEAD} if is_odin(model.score_heads) else {}
 
 
 def own_heads(sections: ConfigDict) -> dict[str, str]:
@@ -279,6 +294,7 @@ def run(fit: Fit, workdir: str, conclude: Conclude | None = None) -> RunState:
             smoothing=config.updates.get("smoothing", 0.0),
             heads=own_heads(config.sources),
             direct=fit.direct,
+            joint=fit.joint,
             **head_names(fit.described),
         )
         update = compile_update(step_fn, state.train, fit.mesh)

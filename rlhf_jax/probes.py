@@ -33,7 +33,6 @@ from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import Pairs, Texts
 
 Tokens = tuple[int, ...]
-Score = Callable[[Sequence[Tokens]], list[float]]  # of whole texts
 
 
 class Text(NamedTuple):
@@ -47,6 +46,9 @@ class Text(NamedTuple):
     def whole(self) -> Tokens:
         """All of it, as it is scored."""
         return self.prompt + self.completion + self.tail
+
+
+Score = Callable[[Sequence[Text]], list[float]]  # of whole texts
 
 
 class Item(NamedTuple):
@@ -153,7 +155,7 @@ def probe(
     """
     made, refused = _made(items, tokenizer)
     every = [_fitting(one, widest) for one in (*made, *asked)]
-    unique = dict.fromkeys(text.whole for one in every for row in one.rows for text in row)
+    unique = dict.fromkeys(text for one in every for row in one.rows for text in row)
     scored = dict(zip(unique, score(list(unique)), strict=True))
     if not np.isfinite(list(scored.values())).all():
         return [Finding("all", reason="a score of the model is not finite")]
@@ -163,11 +165,11 @@ def probe(
     return [found[name] for name in order]
 
 
-def _found(asked: Asked, scored: Mapping[Tokens, float]) -> Finding:
+def _found(asked: Asked, scored: Mapping[Text, float]) -> Finding:
     """One probe from the scores of its texts."""
     if not asked.rows:
         return Finding(asked.name, reason="all texts are longer than the model's positions")
-    scores = np.array([[scored[text.whole] for text in row] for row in asked.rows], np.float64)
+    scores = np.array([[scored[text] for text in row] for row in asked.rows], np.float64)
     lengths = np.array([[len(t.completion) for t in row] for row in asked.rows], np.int64)
     names = {group: number for number, group in enumerate(dict.fromkeys(asked.groups))}
     groups = np.array([names[group] for group in asked.groups])

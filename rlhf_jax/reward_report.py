@@ -1,7 +1,8 @@
 """What a trained reward model is worth on held-out pairs, correctness and step labels."""
 
+import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ from rlhf_jax import averages, build, roles
 from rlhf_jax.compile_watch import CompileWatch
 from rlhf_jax.fit import check_rows, head_names
 from rlhf_jax.mesh import fetch_host
-from rlhf_jax.models.completions import evaluate_texts
+from rlhf_jax.models.completions import evaluate_texts, text_scores
 from rlhf_jax.models.transformer import decoder
 from rlhf_jax.ops.reward_metrics import (
     auc,
@@ -20,11 +21,9 @@ from rlhf_jax.ops.reward_metrics import (
     clustered_interval,
     pair_correct,
 )
-from rlhf_jax.training.supervised import last_scores
 from rlhf_jax.types import Labelled, Pairs, Steps, Texts
 
 _log = logging.getLogger(__name__)
-Score = Callable[[Texts, str], np.ndarray]
 
 
 def report(config: ConfigDict, watch: CompileWatch) -> dict[str, float]:
@@ -53,10 +52,7 @@ def report(config: ConfigDict, watch: CompileWatch) -> dict[str, float]:
             source = build.examples(f"reward.sources.{label}", section, text, config.seed)
             check_rows(f"reward.sources.{label}", section, source)
             batches = watch.loop(_batches(source, section.rows, mesh, rules))
-
-            def score(texts: Texts, head: str) -> jax.Array:
-                return forward(params, texts)[head]
-
+            score = functools.partial(forward, params)
             own = dict.fromkeys(heads, section.head) if "head" in section else {}
             found = KINDS[section.kind](batches, score, heads | own)
             shared = sum(one.kind == section.kind for one in config.reward.sources.values()) > 1
@@ -88,7 +84,7 @@ def _pairs(batches: Iterator[tuple[Pairs, int]], score, heads: Mapping[str, str]
     for batch, kept in batches:
         halves = {"chosen": batch.chosen, "rejected": batch.rejected}
         for name, texts in halves.items():
-            scores = last_scores(score(texts, heads["outcome_head"]), texts)
+            scores = text_scores(score(texts), texts, heads["outcome_head"])
             sides[name].append(_host(kept, scores))
         lengths.append(_host(kept, [texts.mask.sum(-1) for texts in halves.values()]))
         labels.append(_host(kept, batch.label))
@@ -119,7 +115,7 @@ def _pairs(batches: Iterator[tuple[Pairs, int]], score, heads: Mapping[str, str]
 def _correctness(batches: Iterator[tuple[Labelled, int]], score, heads: Mapping[str, str]):
     scores, labels, prompts = [], [], []
     for batch, kept in batches:
-        found = last_scores(score(batch.texts, heads["outcome_head"]), batch.texts)
+        found = text_scores(score(batch.texts), batch.texts, heads["outcome_head"])
         for value, into in ((found, scores), (batch.label, labels)):
             into.append(_host(kept, value))
         prompts += _prompts(kept, batch.texts)
@@ -130,7 +126,7 @@ def _correctness(batches: Iterator[tuple[Labelled, int]], score, heads: Mapping[
 def _steps(batches: Iterator[tuple[Steps, int]], score, heads: Mapping[str, str]):
     scores, labels, prompts = [], [], []
     for batch, kept in batches:
-        said = score(batch.texts, heads["process_head"])
+        said = score(batch.texts)[heads["process_head"]]
         ends = batch.step_ends & batch.texts.mask
         found, wanted, marked = _host(kept, (said, batch.labels, ends))
         for row, places in enumerate(marked):

@@ -6,12 +6,30 @@ from typing import Any, NotRequired, TypedDict
 from rlhf_jax.schema import Count, Index
 
 
+class AdvantageLoss(TypedDict, total=False):
+    """An advantage model; see `rlhf_jax.ops.advantage.advantage`."""
+
+    margin: float  # what scores stay within, either way
+    bound_coef: float
+    expected_coef: float
+    bound: str  # score or advantage
+
+
+class OdinLoss(TypedDict, total=False):
+    """Length kept out of quality; see `rlhf_jax.ops.odin.odin`."""
+
+    length_coef: float
+    orthogonal_coef: float
+
+
 class Heads(TypedDict):
-    """The scalar heads that a reward model gets, and how many models it is."""
+    """The scalar heads that a reward model gets, how they train, and how many models it is."""
 
     score_heads: tuple[str, ...]
     members: NotRequired[Count]
     ensemble: NotRequired[str]  # independent, linear or lora
+    advantage: NotRequired[AdvantageLoss]  # of the heads outcome and expected
+    odin: NotRequired[OdinLoss]  # of the heads quality and length
 
 
 class Provenance(TypedDict, total=False):

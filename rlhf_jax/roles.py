@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from rlhf_jax import run_folder
 from rlhf_jax.mesh import ShardingRules, shard_init, shardings_for
 from rlhf_jax.models.config import ModelConfig, named_size
+from rlhf_jax.models.heads import is_odin, judging_head
 from rlhf_jax.models.load import check_hf, load_hf, read_hf_config
 from rlhf_jax.models.lora import join, merge_lora, partition
 from rlhf_jax.models.peft import base_folder, is_adapter_folder, load_peft, open_peft
@@ -172,7 +173,10 @@ def check_heads(path: str, folder: str, wanted: tuple[str, ...]) -> None:
     heads = described_in(folder).score_heads
     missing = sorted(set(wanted) - set(heads))
     if missing:
-        raise ValueError(f"{path} reads head {missing[0]!r}, but {folder} has {sorted(heads)}")
+        hint = "; ODIN pays by head='quality'" if is_odin(heads) else ""
+        raise ValueError(
+            f"{path} reads head {missing[0]!r}, but {folder} has {sorted(heads)}{hint}"
+        )
 
 
 def load(folder: str, mesh: Mesh, rules: ShardingRules, *, dtype: str = "") -> Params:
@@ -319,7 +323,6 @@ def _fill(model, known, axes, key, mesh, rules) -> Params:
 
 
 def rename_head(params: Params, name: str) -> Params:
-    """``params`` with their first score head under ``name``: a value starts as a reward."""
-    for head in params.get("heads", {}).values():
-        return {**params, "heads": {name: head}}
-    return params
+    """``params`` with the head that judges texts under ``name``: a value starts as a reward."""
+    heads = params.get("heads", {})
+    return {**params, "heads": {name: heads[judging_head(tuple(heads))]}} if heads else params

@@ -18,11 +18,13 @@ A line of OUT has all fields of its line of IN, in the order of IN, and what the
     step_ends     where the steps end, as indices into ``tokens``. Steps are the lines with visible
                   text (`rlhf_jax.text.steps`) of the completion, or of all ``tokens``
     values        value head: what it expects before each token that has a log-probability
+    expected      advantage model: what it expects of the prompt; its score is the outcome head's
+                  number less this
     tokens        the completion's ids
 
 A model with several heads writes all of these that it has. A single head of another name was
 trained for texts, steps or both, and writes score and step_scores; further heads put their name
-before these.
+before these. ODIN's score is that of its quality head; length_score is what it drops.
 """
 
 import functools
@@ -35,12 +37,22 @@ import jax
 import numpy as np
 
 from rlhf_jax import model_folder, program, token_lines
-from rlhf_jax.data.examples import pad_rows
+from rlhf_jax.data.examples import Row, pad_rows
+from rlhf_jax.data.sources import Record
 from rlhf_jax.label_samples import write_lines
 from rlhf_jax.mesh import ShardingRules, batch_shards, fetch_host, make_mesh, shard_batch
 from rlhf_jax.model_folder import ModelFolder
-from rlhf_jax.models.completions import VALUE_HEAD, TextOutput, evaluate_texts
+from rlhf_jax.models.completions import TextOutput, evaluate_texts
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.heads import (
+    EARLY_HEADS,
+    EXPECTED_HEAD,
+    LENGTH_HEAD,
+    QUALITY_HEAD,
+    VALUE_HEAD,
+    is_advantage,
+    is_odin,
+)
 from rlhf_jax.models.passes import longest_row
 from rlhf_jax.models.transformer import decoder
 from rlhf_jax.text.steps import mark_host_step_ends, token_tables
@@ -51,11 +63,15 @@ _log = logging.getLogger(__name__)
 
 
 class Reading(NamedTuple):
-    """A head, and under which names what it says is written; "" where it is not."""
+    """A head, and under which names what it says is written; "" where it is not.
+
+    less: the head whose number at the prompt's last token is taken off the score, if any.
+    """
 
     head: str
     score: str
     step_scores: str
+    less: str = ""
 
 
 def score(
@@ -83,7 +99,7 @@ def score(
     )
     token_lines.check_output(output, overwrite)
     encoder = Encoder(opened.text, opened.config.vocab_size, template)
-    encode = functools.partial(encoder.text, ended=end_of_text)
+    encode = functools.partial(_encode, encoder, opened.config, ended=end_of_text)
     widest = longest_row(opened.config)
     count = token_lines.count_rows(input, encode, widest)
 
@@ -98,15 +114,31 @@ def score(
     return count
 
 
+def _encode(encoder: Encoder, config: ModelConfig, record: Record, *, ended: bool) -> Row:
+    """The tokens of a record; a ValueError where a model needs to know what its prompt is."""
+    row = encoder.text(record, ended=ended)
+    if is_advantage(config.score_heads) and not row.prompt:
+        raise ValueError(
+            "an advantage model says how much better an answer is than its prompt's others, and "
+            "tokens alone have no prompt; give prompt and completion"
+        )
+    return row
+
+
 def readings_of(config: ModelConfig) -> list[Reading]:
     """How what the scoring heads say is named."""
-    heads = [name for name in config.score_heads if name != VALUE_HEAD]
+    heads = [name for name in config.score_heads if name not in EARLY_HEADS]
+    less = EXPECTED_HEAD if is_advantage(config.score_heads) else ""
     readings = []
+    if is_odin(heads):
+        heads = [name for name in heads if name not in (QUALITY_HEAD, LENGTH_HEAD)]
+        readings = [Reading(QUALITY_HEAD, "score", ""), Reading(LENGTH_HEAD, "length_score", "")]
     for head in heads:
         named = "" if head in ("outcome", "process") or len(heads) == 1 else f"{head}_"
         both = head not in ("outcome", "process")
         score = f"{named}score" if both or head == "outcome" else ""
-        readings.append(Reading(head, score, f"{named}step_scores" if head != "outcome" else ""))
+        steps = f"{named}step_scores" if head != "outcome" else ""
+        readings.append(Reading(head, score, steps, less if head == "outcome" else ""))
     return readings
 
 
@@ -146,9 +178,13 @@ def _fields(
     if VALUE_HEAD in out.scores:
         found["values"] = out.scores[VALUE_HEAD][place, first - 1 : end - 1].tolist()
     columns = np.flatnonzero(ends[place])
-    for head, score, step_scores in readings:
+    for head, score, step_scores, less in readings:
+        if less:
+            found[less] = float(out.scores[less][place, first - 1])
         if score:
-            found[score] = float(out.scores[head][place, end - 1])
+            said = out.scores[head][place, end - 1]
+            # In float32, as the reward of a policy run subtracts.
+            found[score] = float(said - out.scores[less][place, first - 1] if less else said)
         if step_scores:
             found[step_scores] = out.scores[head][place, columns].tolist()
             found["step_ends"] = (columns - start).tolist()

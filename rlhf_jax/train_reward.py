@@ -10,6 +10,11 @@ models ("independent"), heads on one trunk ("linear"), or adapters and heads on 
 ("lora", with ``model.lora_rank``). A LoRA ensemble can start from a linear one
 (``model.init_from``), which trained trunk and heads on other data.
 
+With ``reward.advantage`` the heads "outcome" and "expected" become an advantage model, whose scores
+stay in bounds and are told apart from what is expected of the prompt (`rlhf_jax.ops.advantage`);
+with ``reward.odin`` the heads "quality" and "length" keep length out of quality
+(`rlhf_jax.ops.odin`).
+
 With the model its card is saved (card.md, card.json): where the data come from, who judged, what it
 is worth and what moves it besides quality; see `rlhf_jax.card` and `rlhf_jax.probes`.
 """
@@ -27,15 +32,42 @@ from rlhf_jax.data.forms import Form
 from rlhf_jax.data.members import MemberSource
 from rlhf_jax.data.sources import open_source
 from rlhf_jax.mesh import batch_shards, fetch_host, shard_batch
-from rlhf_jax.models.completions import evaluate_texts
+from rlhf_jax.models.completions import evaluate_texts, text_scores
+from rlhf_jax.models.heads import (
+    EXPECTED_HEAD,
+    LENGTH_HEAD,
+    OUTCOME_HEAD,
+    QUALITY_HEAD,
+    judging_head,
+)
 from rlhf_jax.models.passes import longest_row
-from rlhf_jax.probes import Asked, Score, Tokens, probe, read_items, read_pairs
+from rlhf_jax.ops.advantage import Advantage, advantage
+from rlhf_jax.ops.odin import Odin, odin
+from rlhf_jax.probes import Asked, Score, Text, probe, read_items, read_pairs
 from rlhf_jax.schema import within
 from rlhf_jax.token_lines import batch_rows, padded
-from rlhf_jax.training.supervised import last_scores
+from rlhf_jax.training.supervised import Joint
 from rlhf_jax.types import Params, RunState
 
 KINDS = ("pairs", "correctness", "steps")
+
+
+class _Together(NamedTuple):
+    """Heads that train together: the section's factory, the heads, those that mean nothing else,
+    and what else the model may have."""
+
+    factory: Callable[..., Joint]
+    heads: tuple[str, ...]
+    own: tuple[str, ...]
+    more: tuple[str, ...] = ()
+
+
+_JOINT = {
+    "advantage": _Together(
+        advantage, (OUTCOME_HEAD, EXPECTED_HEAD), (EXPECTED_HEAD,), more=("process",)
+    ),
+    "odin": _Together(odin, (QUALITY_HEAD, LENGTH_HEAD), (QUALITY_HEAD, LENGTH_HEAD)),
+}
 _RECORDS = 64  # that are probed, unless the config says
 _ROWS = 16  # texts at a time
 
@@ -59,7 +91,76 @@ def check(config: ConfigDict) -> fit.Fit:
     members = config.reward.get("members", 1)
     family = config.reward.get("ensemble", "none")
     changes = dict(lm_head=False, score_heads=heads, members=members, ensemble=family)
-    return fit.check(config, "reward", KINDS, **changes)
+    joint = joint_of(config)
+    # Of unlabelled answers an advantage model learns what is expected of their prompts.
+    kinds = (*KINDS, "texts") if isinstance(joint, Advantage) else KINDS
+    planned = fit.check(config, "reward", kinds, joint=joint, **changes)
+    for part, sections in (("sources", config.sources), ("eval.sources", config.eval.sources)):
+        for label, section in sections.items():
+            _check_source(f"{part}.{label}", section, joint)
+    if joint is not None and all(one.kind != "pairs" for one in config.sources.values()):
+        raise ValueError(
+            f"reward.{_name(joint)} but sources {', '.join(config.sources)} are not of kind pairs; "
+            "add a source of pairs"
+        )
+    return planned
+
+
+def joint_of(config: ConfigDict) -> Joint | None:
+    """How heads that train together say one score; None where each trains for itself.
+
+    Raises:
+        ValueError: heads and sections that do not fit each other, or values that cannot be.
+    """
+    section, heads = config.reward, tuple(config.reward.score_heads)
+    given = [name for name in _JOINT if name in section]
+    if len(given) > 1:
+        raise ValueError("reward.advantage and reward.odin are both set; leave one of them out")
+    named = [name for name, one in _JOINT.items() if set(heads) & set(one.own) == set(one.own)]
+    for name in given:
+        wanted, more = _JOINT[name].heads, _JOINT[name].more
+        if not set(wanted) <= set(heads) or not set(heads) <= {*wanted, *more}:
+            raise ValueError(
+                f"reward.score_heads={heads} with reward.{name}; wanted {wanted}"
+                + (f" and beside them at most {more}" if more else "")
+            )
+        return build.call(f"reward.{name}", _JOINT[name].factory, section[name].to_dict())
+    if named:
+        raise ValueError(
+            f"reward.score_heads={heads} has the heads of reward.{named[0]}, which is missing; set "
+            f"reward.{named[0]}=dict(), or name the heads otherwise"
+        )
+    return None
+
+
+def _name(joint: Joint) -> str:
+    return "advantage" if isinstance(joint, Advantage) else "odin"
+
+
+def _check_source(path: str, section: ConfigDict, joint: Joint | None) -> None:
+    """Raises a ValueError for a source that cannot train, or judge, heads that train together."""
+    if joint is None:
+        return
+    if isinstance(joint, Odin) and section.kind != "pairs":
+        raise ValueError(
+            f"{path}.kind={section.kind!r} with reward.odin, which trains on pairs alone: leave "
+            "the source out"
+        )
+    if isinstance(joint, Advantage) and section.get("template") == "":
+        raise ValueError(
+            f"{path}.template='' with reward.advantage, which reads what is expected at the end of "
+            "the prompt; name the prompt in the template"
+        )
+    if section.kind == "texts" and "chat" in section and section.get("turns") != "last":
+        raise ValueError(
+            f"{path}.turns={section.get('turns', 'all')!r} with reward.advantage: the prompt of a "
+            "sampled answer is all that comes before it; set turns='last'"
+        )
+    if "head" in section and section.kind != "steps":
+        raise ValueError(
+            f"{path}.head={section.head!r} with reward.{_name(joint)}, whose heads train together; "
+            "leave head out"
+        )
 
 
 def open_probes(
@@ -120,7 +221,7 @@ def probes(planned: fit.Fit, probed: Probed, state: RunState) -> dict[str, Any]:
     limit = config.card.get("probes", {}).get("records", _RECORDS)
     items = read_items(source, limit, text)
     heads = planned.described.score_heads
-    head = probed.head or ("outcome" if "outcome" in heads else heads[0])
+    head = probed.head or judging_head(heads)
     params = state.train.params[planned.role]
     score = scorer(planned, params, state.reference, head, text.pad_id)
     widest = longest_row(planned.described)
@@ -130,20 +231,22 @@ def probes(planned: fit.Fit, probed: Probed, state: RunState) -> dict[str, Any]:
 
 
 def scorer(planned: fit.Fit, params: Params, frozen: Params, head: str, pad: int) -> Score:
-    """A function from texts to what a head says at their last token."""
+    """A function from texts to what the model says of them: a head at their last token, of an
+    advantage model less what is expected of the prompt."""
     model = planned.model
 
     @jax.jit
     def forward(params, frozen, texts):
-        return last_scores(evaluate_texts(model, params, frozen, texts).scores[head], texts)
+        return text_scores(evaluate_texts(model, params, frozen, texts).scores, texts, head)
 
-    def score(texts: Sequence[Tokens]) -> list[float]:
-        width = int(min(padded(max(map(len, texts))), longest_row(planned.described)))
+    def score(texts: Sequence[Text]) -> list[float]:
+        longest = max(len(text.whole) for text in texts)
+        width = int(min(padded(longest), longest_row(planned.described)))
         shards = batch_shards(planned.mesh, planned.rules)
         rows = batch_rows(_ROWS, len(texts), shards)
         found: list[float] = []
         for first in range(0, len(texts), rows):
-            part = [Row(list(tokens), 0) for tokens in texts[first : first + rows]]
+            part = [Row(list(t.whole), len(t.prompt)) for t in texts[first : first + rows]]
             part += part[-1:] * (rows - len(part))
             batch = shard_batch(planned.mesh, planned.rules, pad_rows(part, width, pad))
             found += fetch_host(forward(params, frozen, batch)).astype(np.float64).tolist()

@@ -8,17 +8,17 @@ chunks the first ratio is exactly 1.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
+from rlhf_jax.models.heads import EARLY_HEADS, EXPECTED_HEAD, OUTCOME_HEAD
 from rlhf_jax.models.lora import join
 from rlhf_jax.models.members import each_member
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.ops.groups import join_chunks, repeat_groups, split_chunks
 from rlhf_jax.ops.logprobs import chunked_logprobs
+from rlhf_jax.ops.masking import last_true, masked_sum
 from rlhf_jax.pytree import pytree
 from rlhf_jax.types import Array, CompletionOutput, Params, Rollouts, Texts
-
-VALUE_HEAD = "value"  # the one head that speaks before it sees the token
 
 
 @pytree
@@ -76,7 +76,7 @@ def evaluate_chunk(
     """One forward pass over prompts and completions; numbers at padding are 0.
 
     Token t lies in column P+t and is predicted in column P+t-1: there log-prob, entropy and
-    the value are read. All other heads are read at the token itself.
+    the heads that expect something (value, expected) are read. All others are read at the token.
 
     Scores of an ensemble are named as in `by_name`.
     """
@@ -112,11 +112,12 @@ def _evaluate_one(model, tree, rollouts, temperature) -> CompletionOutput:
         )
         logprobs, entropy = zero_padding(logprobs), zero_padding(entropy)
     scores = {}
-    if VALUE_HEAD in config.score_heads:
-        scores[VALUE_HEAD] = model.scores(tree, before)[VALUE_HEAD]
-    if set(config.score_heads) - {VALUE_HEAD}:
-        read = model.scores(tree, at)
-        scores |= {name: read[name] for name in config.score_heads if name != VALUE_HEAD}
+    early = [name for name in config.score_heads if name in EARLY_HEADS]
+    late = [name for name in config.score_heads if name not in EARLY_HEADS]
+    for names, states in ((early, before), (late, at)):
+        if names:
+            read = model.scores(tree, states)
+            scores |= {name: read[name] for name in names}
     scores = {name: zero_padding(score) for name, score in scores.items()}
     return CompletionOutput(logprobs=logprobs, entropy=entropy, scores=scores)
 
@@ -152,6 +153,33 @@ def member_texts(
 
     by_member = (texts,) if own else ()
     return each_member(scores, join(params, frozen), model.config, *by_member)
+
+
+def before_completion(texts: Texts) -> Bool[Array, "M S"]:
+    """True at the last token of each text's prompt, where what is expected of it is read: the one
+    before the first that trains. Rows without a completion have none."""
+    column = jax.lax.broadcasted_iota(jnp.int32, texts.mask.shape, 1)
+    trains = jnp.asarray(texts.loss_mask) & texts.mask
+    first = jnp.argmax(trains, axis=-1, keepdims=True)
+    return (column == first - 1) & jnp.any(trains, axis=-1, keepdims=True)
+
+
+def expected_scores(scores: dict[str, Float[Array, "M S"]], texts: Texts) -> Float[Array, " M"]:
+    """What an advantage model expects of each text's prompt; 0 for rows of padding."""
+    return masked_sum(scores[EXPECTED_HEAD], before_completion(texts), axis=-1)
+
+
+def text_scores(
+    scores: dict[str, Float[Array, "M S"]], texts: Texts, head: str
+) -> Float[Array, " M"]:
+    """What a model says of whole texts: a head at their last tokens, 0 for rows of padding.
+
+    The outcome head of an advantage model is read as a(x, y) = r(x, y) − e(x).
+    """
+    at_end = masked_sum(scores[head], last_true(texts.mask), axis=-1)
+    if head == OUTCOME_HEAD and EXPECTED_HEAD in scores:
+        return at_end - expected_scores(scores, texts)
+    return at_end
 
 
 def member_name(head: str, number: int) -> str:

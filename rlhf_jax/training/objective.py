@@ -17,11 +17,14 @@ from rlhf_jax.models.completions import TextOutput, evaluate_texts, member_texts
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.ops import preference
+from rlhf_jax.ops.advantage import Advantage
 from rlhf_jax.ops.direct_preference import DirectPreference
 from rlhf_jax.ops.ensemble import combine_members, disagreement
 from rlhf_jax.ops.groups import split_chunks
 from rlhf_jax.ops.masking import last_true, masked_sum, mean_of
+from rlhf_jax.ops.odin import Odin
 from rlhf_jax.ops.reward_metrics import pair_correct
+from rlhf_jax.training import advantage, odin
 from rlhf_jax.training.direct import REFERENCE, compare, counted_tokens, direct_means
 from rlhf_jax.training.experience import constrain_rows
 from rlhf_jax.types import Array, Labelled, Metrics, Mixture, Pairs, Steps, Term, Texts
@@ -44,6 +47,7 @@ class Objective(NamedTuple):
     smoothing: float = 0.0
     heads: Mapping[str, str] = types.MappingProxyType({})  # of sources that have one of their own
     direct: DirectPreference | None = None
+    joint: Advantage | Odin | None = None  # how heads that train together say one score
 
     def head(self, source: str, kind: type) -> str:
         """The head that a source of this kind trains."""
@@ -75,11 +79,31 @@ def forward(objective, frozen, params, mixture):
             if objective.direct and isinstance(rows, Pairs):
                 texts, reference = _texts(rows), frozen[REFERENCE]
                 outputs[name] = compare(objective.model, *trees, reference, texts)
+            elif isinstance(objective.joint, Odin) and isinstance(rows, Pairs):
+                outputs[name] = odin.ask_odin(objective.model, *trees, _texts(rows))
             elif objective.model.config.members > 1:
                 outputs[name] = _ask_members(objective, trees, rows)
             else:
                 outputs[name] = evaluate_texts(objective.model, *trees, _texts(rows))
     return outputs
+
+
+def whole_batch(objective, frozen, params, chunks):
+    """What terms must know of the whole batch before a part of it has a gradient, by source.
+
+    ODIN's correlations, from a pass without gradients; None where no term asks, or the batch is one
+    part, whose own output says it.
+    """
+    if not isinstance(objective.joint, Odin) or objective.microbatches == 1:
+        return None
+
+    def read(chunk):
+        outputs = forward(objective, frozen, params, chunk)
+        return {name: odin.read_batch(outputs[name], _texts(rows)) for name, rows in chunk.items()}
+
+    with jax.named_scope("whole_batch"):
+        found = jax.lax.map(read, chunks)
+        return {name: odin.batch_moments(one) for name, one in found.items()}
 
 
 def _ask_members(objective, trees, rows):
@@ -125,17 +149,26 @@ def _interleave(chosen, rejected):
     return jnp.reshape(both, (2 * chosen.shape[0], *chosen.shape[1:]))
 
 
-def losses(objective, outputs, mixture) -> Losses:
-    """Terms and metrics of all sources."""
+def losses(objective, outputs, mixture, whole=None) -> Losses:
+    """Terms and metrics of all sources.
+
+    Args:
+        whole: see `whole_batch`.
+    """
     terms, metrics = {}, {}
+    sampled = advantage.samples_given(mixture)
     # A mean over members' rows that weighs E: the sum of the members' losses.
     copies = objective.model.config.members if objective.own_rows else 1
     for name, rows in mixture.items():
         rows = _rows_of_members(objective, rows)
-        means, report = _source_means(objective, name, outputs[name], rows)
+        if isinstance(objective.joint, Odin):
+            means, report = _odin_means(outputs[name], rows, whole and whole[name])
+        else:
+            means, report = _source_means(objective, name, outputs[name], rows, sampled)
         weight = objective.sources[name] * copies
-        terms[name] = Term(weight=weight, mean=means["loss"])
-        beside = {"centre": objective.centre_coef}
+        if "loss" in means:
+            terms[name] = Term(weight=weight, mean=means["loss"])
+        beside = {"centre": objective.centre_coef} | _joint_weights(objective.joint)
         beside |= {"nll": objective.direct.nll_coef} if objective.direct else {}
         for key, coef in beside.items():
             if key in means and coef:
@@ -144,9 +177,30 @@ def losses(objective, outputs, mixture) -> Losses:
     return terms, metrics
 
 
-def _source_means(objective, name, output, rows):
+def _joint_weights(joint):
+    match joint:
+        case Advantage():
+            return advantage.weights(joint)
+        case Odin():
+            return odin.weights(joint)
+        case _:
+            return {}
+
+
+def _odin_means(output, rows, found):
+    if not isinstance(rows, Pairs):
+        raise TypeError(f"a source holds {type(rows).__name__}; ODIN trains on Pairs alone")
+    present = present_rows(rows.chosen) & present_rows(rows.rejected)
+    return odin.odin_means(output, _texts(rows), rows, present, found)
+
+
+def _source_means(objective, name, output, rows, sampled):
     """(losses, metrics) of one source, as means by name."""
     head = objective.head(name, type(rows))
+    if isinstance(objective.joint, Advantage) and not isinstance(rows, Steps):
+        return _advantage_means(
+            objective.joint, output.scores, head_of(output, head), rows, sampled
+        )
     match rows:
         case Texts():
             return {"loss": texts_mean(output, rows)}, {}
@@ -161,6 +215,24 @@ def _source_means(objective, name, output, rows):
             return _step_means(head_of(output, head), rows)
         case _:
             raise TypeError(f"a source holds {type(rows).__name__}; known: {Mixture}")
+
+
+def _advantage_means(values, scores, of_head, rows, sampled):
+    """The usual terms of a source, where it has labels, and those of an advantage model."""
+    texts = _texts(rows)
+    by_text = last_scores(of_head, texts)
+    match rows:
+        case Pairs():
+            means, report = _pair_means(of_head, rows)
+            present = present_rows(rows.chosen) & present_rows(rows.rejected)
+            more, said = advantage.pair_terms(
+                values, scores, texts, by_text, rows.label, present, teaches=not sampled
+            )
+        case _:
+            labelled = isinstance(rows, Labelled)
+            means, report = _labelled_means(of_head, rows) if labelled else ({}, {})
+            more, said = advantage.sample_terms(scores, texts, by_text, present_rows(texts))
+    return means | more, report | said
 
 
 def ensemble_metrics(objective, outputs, mixture) -> Metrics:

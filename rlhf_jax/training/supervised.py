@@ -21,6 +21,10 @@ draw rows of their own too, row i·E + e being member e's, and the loss is the s
 goes the way it would go alone, but for the clip of the common gradient's norm. Members on one trunk
 ("linear") read the same rows, and the loss is the mean of theirs.
 
+With `joint` several heads train together and say one score: an advantage model bounds scores and
+learns what is expected of a prompt, ODIN keeps length out of quality; see `rlhf_jax.ops.advantage`
+and `rlhf_jax.ops.odin`.
+
 With `smoothing` β the label of a pair follows the model whenever the pair was drawn, once an epoch:
 p ← (1 − β) p + β σ(d), d after the update (iterative data smoothing, `rlhf_jax.ops.smoothing`). The
 labels are a part of the state.
@@ -38,11 +42,14 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.heads import is_advantage
 from rlhf_jax.models.transformer import Model
+from rlhf_jax.ops.advantage import Advantage
 from rlhf_jax.ops.direct_preference import DirectPreference
 from rlhf_jax.ops.groups import join_chunks, split_chunks
 from rlhf_jax.ops.masking import mean_of
 from rlhf_jax.ops.metrics import single
+from rlhf_jax.ops.odin import Odin
 from rlhf_jax.ops.smoothing import smooth_label
 from rlhf_jax.training.experience import constrain_rows
 from rlhf_jax.training.gradients import Carry, Problem, descend, gradient_sharding, union
@@ -57,11 +64,15 @@ from rlhf_jax.training.objective import (
     own_rows,
     pair_differences,
     present_rows,
+    whole_batch,
 )
+from rlhf_jax.training.odin import check_odin
 from rlhf_jax.training.state import create_train_state
 from rlhf_jax.types import Array, Metrics, Mixture, Pairs, Params, TrainState
 
 __all__ = [
+    "Joint",
+    "check_joint",
     "check_smoothing",
     "create_supervised_state",
     "label_tables",
@@ -72,6 +83,7 @@ __all__ = [
 ]
 
 Frozen = Mapping[str, Params]
+Joint = Advantage | Odin
 
 
 def make_supervised_step(
@@ -87,6 +99,7 @@ def make_supervised_step(
     smoothing: float = 0.0,
     heads: Mapping[str, str] | None = None,
     direct: DirectPreference | None = None,
+    joint: Joint | None = None,
 ) -> Callable[[TrainState, Frozen, Mixture, jax.Array], tuple[TrainState, Metrics]]:
     """A pure function (state, frozen, mixture, key) -> (state, metrics); nothing in it is random.
 
@@ -108,6 +121,8 @@ def make_supervised_step(
         heads: the head of a source by name, in place of the two above.
         direct: pairs train the LM head by this loss, beside ``frozen["reference"]``, the whole tree
             of the model without adapters; they have no scores and need no scalar head.
+        joint: heads that train together: an advantage model (`rlhf_jax.ops.advantage`), for which
+            texts are sampled answers, or ODIN (`rlhf_jax.ops.odin`), which trains on pairs alone.
 
     Raises:
         ValueError: no source, bad sizes, or labels that follow a model without scores; at tracing
@@ -120,6 +135,7 @@ def make_supervised_step(
         smoothing=check_smoothing(model.config, smoothing),
         heads=heads or {},
         direct=direct,
+        joint=check_joint(model.config, joint, smoothing),
     )
     if direct and smoothing:
         raise ValueError(f"smoothing={smoothing}: labels follow scores, and a policy gives none")
@@ -141,6 +157,7 @@ def make_supervised_evaluate(
     process_head: str = "process",
     heads: Mapping[str, str] | None = None,
     direct: DirectPreference | None = None,
+    joint: Joint | None = None,
 ) -> Callable[[Mapping[str, Params], Frozen, Mixture], Metrics]:
     """A pure function (params, frozen, mixture) -> metrics, without gradients.
 
@@ -155,10 +172,16 @@ def make_supervised_evaluate(
     With `direct` Pairs give ``/accuracy`` (how often the better answer has the higher implicit
     reward β log π/π_ref), ``/reward_chosen``, ``/reward_rejected``, ``/reward_margin`` (their
     difference), and ``/logprob_chosen`` and ``/logprob_rejected`` of whole answers, in nats.
+
+    With `joint` Pairs of an advantage model also give ``/expected``, the mean of e(x), and sampled
+    texts that and ``/score``; its ``/score_...`` are r. Those of ODIN give ``/accuracy`` and scores
+    of the quality head, ``/accuracy_with_length`` of the sum of both, and ``/quality_correlation``
+    and ``/length_correlation``, those of a head with the number of tokens within a batch. Their
+    further terms are ``loss/<source>_...``.
     """
     objective = _objective(
         model, sources, role, microbatches, 0.0, outcome_head, process_head
-    )._replace(heads=heads or {}, direct=direct)
+    )._replace(heads=heads or {}, direct=direct, joint=check_joint(model.config, joint, 0.0))
 
     def supervised_evaluate(params, frozen, mixture):
         return _evaluate(objective, params, frozen, mixture)
@@ -203,6 +226,20 @@ def check_smoothing(model: ModelConfig, smoothing: float) -> float:
     return smoothing
 
 
+def check_joint(model: ModelConfig, joint: Joint | None, smoothing: float) -> Joint | None:
+    """The given form; a ValueError if the model cannot have it, or labels would follow ODIN."""
+    if isinstance(joint, Odin):
+        check_odin(model.score_heads, model.members)
+        if smoothing:
+            raise ValueError(f"smoothing={smoothing}: labels follow one head, and ODIN has two")
+    if isinstance(joint, Advantage) and not is_advantage(model.score_heads):
+        raise ValueError(
+            "an advantage model has the heads 'outcome' and 'expected'; the model has "
+            f"{model.score_heads}"
+        )
+    return joint
+
+
 def _objective(model, sources, role, microbatches, centre_coef, outcome_head, process_head):
     if not sources:
         raise ValueError("sources is empty; name at least one source with its weight")
@@ -217,13 +254,16 @@ def _train(objective, optimizers, state, frozen, mixture):
     given, tables = mixture, state.algorithm
     if objective.smoothing:
         mixture = given | {name: _with_label(given[name], table) for name, table in tables.items()}
+    carry = Carry(dict(state.params), dict(state.opt_state), state.skipped, state.lr_scale)
+    chunks = chunks_of(objective, mixture)
     problem = Problem(
         functools.partial(forward, objective, frozen),
-        functools.partial(losses, objective),
+        functools.partial(
+            losses, objective, whole=whole_batch(objective, frozen, carry.params, chunks)
+        ),
         gradient_sharding({objective.role: objective.model}),
     )
-    carry = Carry(dict(state.params), dict(state.opt_state), state.skipped, state.lr_scale)
-    carry, metrics = descend(problem, optimizers, carry, chunks_of(objective, mixture))
+    carry, metrics = descend(problem, optimizers, carry, chunks)
     if objective.smoothing:
         with jax.named_scope("smooth_labels"):
             tables = _moved(objective, frozen, carry.params, mixture, tables)

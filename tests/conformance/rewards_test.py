@@ -18,7 +18,7 @@ from rlhf_jax.rewards.code_sandbox import namespaces_work
 from tests.rewards.examples import TOKENIZER, permute_groups, random_rollouts, spell
 
 MEMBERS = members("rewards")
-HEADS = ("outcome", "process")
+HEADS = ("outcome", "process", "expected")
 CONFIG = named_size(
     "tiny", layers=1, vocab_size=TOKENIZER.vocab_size, score_heads=HEADS, lm_head=False
 )
@@ -94,7 +94,7 @@ def assert_same(a, b):
 
 
 def test_the_shelf_has_the_members_of_this_step():
-    learned = {"ensemble", "outcome_model", "process_model"}
+    learned = {"advantage_model", "ensemble", "outcome_model", "process_model"}
     assert {"exact_match", "keywords", "length", *learned} <= set(MEMBERS)
 
 

@@ -139,6 +139,45 @@ def trainer(model, start, sources, ridge, **options):
     return train
 
 
+def minibatches(model, start, sources, mixture_of, *, learning_rate, **options):
+    """(features, batches) -> params after one step of Adam on each of the batches, from `start`.
+
+    The rate falls to 0 as a cosine. For losses that need batches, and parameters that no loss
+    moves: nothing else, such as a ridge, moves them here.
+
+    Args:
+        mixture_of: what of a batch (leaves [steps ...], one step's) is a mixture; it is traced.
+        options: of `make_supervised_step`.
+    """
+    mesh = make_mesh({}, devices=jax.devices()[:1])
+
+    def train(features, batches):
+        steps = jax.tree.leaves(batches)[0].shape[0]
+        optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
+        step = make_supervised_step(model, sources, optimizer, **options)
+
+        @jax.jit
+        def run(state, features, batches):
+            def one(state, batch):
+                frozen = {"policy": {"features": features}}
+                return step(state, frozen, mixture_of(batch), jax.random.key(0))[0], None
+
+            return jax.lax.scan(one, state, batches)[0].params["policy"]
+
+        with jax.set_mesh(mesh):
+            state = create_supervised_state(start, optimizer, mesh)
+            return jax.tree.map(np.asarray, run(state, features, batches))
+
+    return train
+
+
+def epochs(rng, count, rows, steps):
+    """[steps rows]: the numbers below `count`, in another order every epoch."""
+    rounds = -(-rows * steps // count)
+    every = np.concatenate([rng.permutation(count) for _ in range(rounds)])
+    return every[: rows * steps].reshape(steps, rows).astype(np.int32)
+
+
 def scorer(model):
     """(params, features, tokens) -> {head: scores [M S]}, as the shipped evaluation says them."""
 

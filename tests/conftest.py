@@ -46,12 +46,12 @@ def pytest_addoption(parser):
 
 # The files that take longest come first, or one worker would end alone with one of them.
 LONGEST = (
-    "notebook_test.py", "run_test.py", "parity_test.py", "save_test.py", "adapters_test.py",
-    "export_test.py", "peft_test.py", "peer_faults_test.py", "bring_your_model_test.py",
-    "aot_tpu_test.py", "seams_test.py", "update_test.py",
-    "bad_input_test.py", "stories_test.py", "bad_folder_test.py", "sampler_test.py",
-    "supervised_test.py", "checkpoint_test.py", "models_test.py", "real_input_test.py",
-    "quickstart_study_test.py", "steps_test.py", "transformer_test.py",
+    "run_test.py", "notebook_test.py", "update_test.py", "parity_test.py", "save_test.py",
+    "adapters_test.py", "export_test.py", "peft_test.py", "peer_faults_test.py",
+    "bring_your_model_test.py", "aot_tpu_test.py", "seams_test.py", "bad_input_test.py",
+    "stories_test.py", "bad_folder_test.py", "sampler_test.py", "supervised_test.py",
+    "checkpoint_test.py", "models_test.py", "real_input_test.py", "quickstart_study_test.py",
+    "steps_test.py", "transformer_test.py",
 )  # fmt: skip
 
 

@@ -22,7 +22,13 @@ def settings(folder):
 
 @contextlib.contextmanager
 def shared_programs(folder):
-    """Within the context, this process compiles with these options."""
+    """Within the context, this process compiles with these options.
+
+    All tests do, see `kept_programs` of tests/conftest.py: then the folder there is kept.
+    """
+    if jax.config.jax_compilation_cache_dir:
+        yield
+        return
     before = {name: jax.config.values[name] for name in settings(folder)}
 
     def apply(options):

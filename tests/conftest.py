@@ -23,6 +23,8 @@ if os.environ["RLHF_TEST_XLA_LEVEL"] == "0" and version("jaxlib").startswith("0.
 # Size of XLA's pool of threads, which is else the number of cores: collectives of four simulated
 # devices that wait for each other in two threads wait for ever.
 os.environ["NPROC"] = "8"
+# Two workers fill two cores: the threads of torch and numpy would only wait for each other, busily.
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"  # a path that is not there may look like a name on the hub
 
@@ -44,12 +46,12 @@ def pytest_addoption(parser):
 
 # The files that take longest come first, or one worker would end alone with one of them.
 LONGEST = (
-    "notebook_test.py", "run_test.py", "parity_test.py", "save_test.py", "adapters_test.py",
-    "export_test.py", "peft_test.py", "peer_faults_test.py", "bring_your_model_test.py",
-    "aot_tpu_test.py", "seams_test.py", "update_test.py",
-    "bad_input_test.py", "stories_test.py", "bad_folder_test.py", "sampler_test.py",
-    "supervised_test.py", "checkpoint_test.py", "models_test.py", "real_input_test.py",
-    "quickstart_study_test.py", "steps_test.py", "transformer_test.py",
+    "run_test.py", "notebook_test.py", "update_test.py", "parity_test.py", "save_test.py",
+    "adapters_test.py", "export_test.py", "peft_test.py", "peer_faults_test.py",
+    "bring_your_model_test.py", "aot_tpu_test.py", "seams_test.py", "bad_input_test.py",
+    "stories_test.py", "bad_folder_test.py", "sampler_test.py", "supervised_test.py",
+    "checkpoint_test.py", "models_test.py", "real_input_test.py", "quickstart_study_test.py",
+    "steps_test.py", "transformer_test.py",
 )  # fmt: skip
 
 
@@ -75,3 +77,16 @@ def pytest_terminal_summary(terminalreporter):
 def data_dir() -> pathlib.Path:
     """The folder with real public data; tests that ask for it carry the mark `data`."""
     return DATA
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kept_programs(tmp_path_factory):
+    """What one test compiled no other of this process compiles again.
+
+    What counts compilations counts as before: jax's caches in memory and its events know a program
+    from a folder as a new one.
+    """
+    from tests import compiling  # not with this file: shape checks begin after it was read
+
+    with compiling.shared_programs(tmp_path_factory.mktemp("programs")):
+        yield

@@ -321,12 +321,10 @@ def test_heads_are_found_or_named():
     assert er.heads_of(MODEL, "process") == ("", "step_scores")
     one = dataclasses.replace(MODEL, score_heads=("judge",))
     assert er.heads_of(one) == ("score", "step_scores")
-    several = dataclasses.replace(MODEL, score_heads=("quality", "length"))
-    assert er.heads_of(several, "length") == ("length_score", "length_step_scores")
-    with pytest.raises(
-        ValueError, match=r"reward\.head='qualty'; the model's heads are quality, length"
-    ):
-        er.heads_of(several, "qualty")
+    several = dataclasses.replace(MODEL, score_heads=("tone", "reach"))
+    assert er.heads_of(several, "reach") == ("reach_score", "reach_step_scores")
+    with pytest.raises(ValueError, match=r"reward\.head='tne'; the model's heads are tone, reach"):
+        er.heads_of(several, "tne")
     with pytest.raises(ValueError, match="has no outcome or process head; its heads are value"):
         er.heads_of(dataclasses.replace(MODEL, score_heads=("value",)))
 

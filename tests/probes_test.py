@@ -28,10 +28,10 @@ def scorer(seen, **weights):
     def score(texts):
         seen.extend(texts)
         found = []
-        for tokens in texts:
-            text = BYTES.decode(tokens)
+        for whole in (one.whole for one in texts):
+            text = BYTES.decode(whole)
             said = sum(w for word, w in weights.items() if word in text)
-            found.append(said + 0.25 * len(tokens) + float(text[1]))
+            found.append(said + 0.25 * len(whole) + float(text[1]))
         return found
 
     return score
@@ -72,9 +72,7 @@ def test_each_probe_finds_the_bias_that_is_there():
 
 def test_a_scorer_without_bias_moves_nowhere():
     def score(texts):
-        return [
-            float(BYTES.decode(tokens)[1]) + ("Good" in BYTES.decode(tokens)) for tokens in texts
-        ]
+        return [float(BYTES.decode(t.whole)[1]) + ("Good" in BYTES.decode(t.whole)) for t in texts]
 
     found = found_by(score)
     for name in ("length", "format", "sycophancy"):
@@ -87,7 +85,7 @@ def test_a_tokenizer_without_letters_has_the_other_probes():
     digits = CharTokenizer("0123456789+=:\n")
     records = [dict(prompt=f"{i}+1=", chosen="1" * (i + 1), rejected="2") for i in range(4)]
     found = found_by(
-        lambda texts: [float(len(t)) for t in texts], items_of(digits, records), digits
+        lambda texts: [float(len(t.whole)) for t in texts], items_of(digits, records), digits
     )
     for name in ("length", "format", "sycophancy", "refusal", "consistency"):
         assert found[name].effect is None and "no letters" in found[name].reason

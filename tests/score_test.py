@@ -148,6 +148,8 @@ def test_a_model_with_several_heads_writes_all(tmp_path, mesh):
         (("process", "outcome"), [("process", "", "step_scores"), ("outcome", "score", "")]),
         (("good",), [("good", "score", "step_scores")]),
         (("outcome", "b"), [("outcome", "score", ""), ("b", "b_score", "b_step_scores")]),
+        (("expected", "outcome"), [("outcome", "score", "", "expected")]),
+        (("length", "quality"), [("quality", "score", ""), ("length", "length_score", "")]),
     ],
 )
 def test_names_of_what_heads_say(heads, readings):

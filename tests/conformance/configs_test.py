@@ -8,7 +8,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs.methods import METHODS
-from rlhf_jax import evaluate_best_of, label_steps, sections
+from configs.pairs import KINDS
+from rlhf_jax import evaluate_best_of, label_steps, sections, train_reward
 from rlhf_jax.find import members
 from rlhf_jax.pipeline import PROGRAMS, check
 from rlhf_jax.policy_plan import make_plan
@@ -68,6 +69,16 @@ def test_a_config_names_what_exists(name, tmp_path, monkeypatch):
     else:
         plan = make_plan(config)
         assert plan.described["policy"].vocab_size == plan.tokenizer.vocab_size
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_reward_model_can_be_had_by_one_argument(kind):
+    about = "origin=o,annotators=a,aggregation=b,licence=l,model_licence=m"
+    config = load("pairs", f"kind={kind},train=a.jsonl,test=b.jsonl,{about}")
+    assert {stage.program for _, stage in check(config)} <= PROGRAMS.keys()
+    planned = train_reward.check(config.stages.reward.config)
+    assert set(planned.described.score_heads) == set(KINDS[kind]["score_heads"])
+    assert (planned.joint is not None) == (kind != "outcome")
 
 
 def test_every_algorithm_has_the_settings_of_its_paper():

@@ -23,12 +23,16 @@ from rlhf_jax.data.texts import texts
 from rlhf_jax.k_axis import hold
 from rlhf_jax.mesh import ShardingRules, batch_shards, make_mesh, shard_rows
 from rlhf_jax.ops.step_labels import check_how
-from rlhf_jax.policy_sections import AlgorithmWrappers
+from rlhf_jax.policy_sections import AlgorithmWrappers, Shaping
 from rlhf_jax.rewards.base import (
     aggregate_steps,
     clip,
     combine,
+    device_reward,
+    length_penalty,
     normalise,
+    relative,
+    scale,
     shrink,
     split_places,
 )
@@ -273,6 +277,27 @@ def check_reward(label: str, section: ConfigDict) -> None:
                 f"rewards.{label}.aggregate={section.aggregate!r} reads the logits of steps; it is "
                 "for a reward that takes transform='logit', such as process_model, and needs it set"
             )
+    _check_shaping(f"rewards.{label}", section)
+
+
+def _check_shaping(path: str, section: ConfigDict) -> None:
+    """Raises a ValueError for wrappers with a memory that could not do what they say."""
+    remembers = [key for key in Shaping.__annotations__ if key in section]
+    if remembers and section.name == "process_model" and not section.get("aggregate", ""):
+        raise ValueError(
+            f"{path}.{remembers[0]} changes scores of whole completions, and a process_model has "
+            f"none without aggregate; set {path}.aggregate, or leave {remembers[0]} out"
+        )
+    for key in ("clip", "shrink"):
+        if "relative" in section and section.get(key, 0.0) not in (0.0, 1.0):
+            raise ValueError(
+                f"{path}.{key}={section[key]} beside relative, whose scores lie between 0 and 1 "
+                f"already; leave {key} out"
+            )
+    for key, make in (("length_penalty", length_penalty), ("scale", scale)):
+        if key in section:
+            with within(f"{path}.{key}"):
+                make(device_reward("checked", lambda rollouts: rollouts.mask), **section[key])
 
 
 def check_weights(rewards: ConfigDict) -> None:
@@ -299,10 +324,12 @@ def check_process(algorithm: str, rewards: ConfigDict) -> None:
 
 
 def reward(label: str, section: ConfigDict, resources: Mapping[str, Any]) -> Reward:
-    """One reward with its wrappers, in the order aggregate, normalise, clip, shrink.
+    """One reward with its wrappers, in the order aggregate, normalise, relative, clip, shrink,
+    length_penalty, scale.
 
     A factory gets the resources that it names among its parameters (model, params, mesh,
-    decode, records, rows), and the section's keys as values.
+    decode, records, rows), and the section's keys as values. A reward that is relative also wants
+    the resource `answers`, which is `reference_answers.Answers`.
     """
     path = f"rewards.{label}"
     factory = member(path, "rewards", section)
@@ -314,10 +341,20 @@ def reward(label: str, section: ConfigDict, resources: Mapping[str, Any]) -> Rew
         made = aggregate_steps(made, section.aggregate)
     if section.get("normalise", False):
         made = normalise(made)
+    mesh = resources.get("mesh")
+    if "relative" in section:
+        answers = resources["answers"]
+        asked = dict(references=answers.references(), records=answers.records)
+        with within(f"{path}.relative"):
+            made = relative(made, **asked, mesh=mesh)
     if section.get("clip", 0.0):
         made = clip(made, section.clip)
     if section.get("shrink", 1.0) != 1.0:
         made = shrink(made, negative=section.shrink)
+    if "length_penalty" in section:
+        made = length_penalty(made, **section.length_penalty, mesh=mesh)
+    if "scale" in section:
+        made = scale(made, **section.scale, mesh=mesh)
     return made
 
 

@@ -22,6 +22,35 @@ class Select(TypedDict):
     high: NotRequired[float]
 
 
+class Relative(TypedDict):
+    """A reward beside that of given answers; see `rlhf_jax.reference_answers`."""
+
+    answers: str  # the field of a record that holds one, or a list of them
+
+
+class LengthPenalty(TypedDict):
+    """A price of length in standard deviations of the score; see `rlhf_jax.rewards.shaping`."""
+
+    tokens: Count  # that cost nothing
+    coef: NotRequired[float]
+    batches: NotRequired[Count]  # of the running standard deviation
+
+
+class Scale(TypedDict):
+    """A score in running standard deviations, held between limits."""
+
+    limit: NotRequired[float]
+    batches: NotRequired[Count]
+
+
+class Shaping(TypedDict):
+    """Keys of a reward's section that wrap it in something with a memory."""
+
+    relative: NotRequired[Relative]
+    length_penalty: NotRequired[LengthPenalty]
+    scale: NotRequired[Scale]
+
+
 class AlgorithmWrappers(TypedDict):
     """The keys of an algorithm's section that do not go to its function."""
 

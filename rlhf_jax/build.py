@@ -168,7 +168,7 @@ def mesh(config: ConfigDict) -> tuple[Mesh, ShardingRules]:
 
 def algorithm(config: ConfigDict) -> Algorithm:
     """The algorithm that ``config.algorithm.name`` names with its wrappers, in the order
-    correction, omit_truncated, select; the section's other keys go to its function."""
+    correction, omit_truncated, select, rehearsal; its other keys go to its function."""
     factory = member("algorithm", "algorithms", config.algorithm)
     section = config.algorithm.to_dict()
     values = {k: v for k, v in section.items() if k not in _AROUND}
@@ -329,7 +329,7 @@ def reward(label: str, section: ConfigDict, resources: Mapping[str, Any]) -> Rew
 
     A factory gets the resources that it names among its parameters (model, params, mesh,
     decode, records, rows), and the section's keys as values. A reward that is relative also wants
-    the resource `answers`, which is `reference_answers.Answers`.
+    `references`, what asks it for the scores of reference answers, and `num_records`.
     """
     path = f"rewards.{label}"
     factory = member(path, "rewards", section)
@@ -343,8 +343,7 @@ def reward(label: str, section: ConfigDict, resources: Mapping[str, Any]) -> Rew
         made = normalise(made)
     mesh = resources.get("mesh")
     if "relative" in section:
-        answers = resources["answers"]
-        asked = dict(references=answers.references(), records=answers.records)
+        asked = dict(references=resources["references"], records=resources["num_records"])
         with within(f"{path}.relative"):
             made = relative(made, **asked, mesh=mesh)
     if section.get("clip", 0.0):

@@ -14,7 +14,7 @@ from rlhf_jax.models.lora import partition
 from rlhf_jax.models.transformer import decoder
 from rlhf_jax.ops.masking import fill_padding
 from rlhf_jax.policy_plan import PolicyPlan
-from rlhf_jax.reference_answers import Answers, own_writer
+from rlhf_jax.reference_answers import Answers, own_writer, references
 from rlhf_jax.rewards.base import lend_base
 from rlhf_jax.rewards.other_tokens import translated
 from rlhf_jax.sampling.sampler import generate
@@ -184,7 +184,7 @@ def _rewards(plan: PolicyPlan, learned: Mapping[str, Params]) -> dict[str, Rewar
             "mesh": plan.mesh,
         }
         if "relative" in section:
-            resources["answers"] = _answers(plan, label)
+            resources |= _references(plan, label)
         if label in learned:
             resources["model"] = decoder(plan.described[f"reward/{label}"], plan.rules)
             resources["params"] = learned[label]
@@ -196,18 +196,16 @@ def _rewards(plan: PolicyPlan, learned: Mapping[str, Params]) -> dict[str, Rewar
     return build.combined(members)
 
 
-def _answers(plan: PolicyPlan, label: str) -> Answers:
-    """The reference answers of a reward, in the tokens that it reads."""
-    writer = plan.writers.get(label)
-    return Answers(
-        label=label,
+def _references(plan: PolicyPlan, label: str) -> dict[str, Any]:
+    """What asks a reward for the scores of its reference answers, in the tokens that it reads."""
+    answers = Answers(
         field=plan.config.rewards[label].relative.answers,
         prompts=plan.prompts,
-        writer=writer or own_writer(plan.config, plan.tokenizer, plan.tables),
+        writer=plan.writers.get(label) or own_writer(plan.config, plan.tokenizer, plan.tables),
         rows=plan.sizes.prompts * plan.sizes.samples,
-        mesh=plan.mesh,
-        rules=plan.rules,
     )
+    asks = references(label, answers, plan.mesh, plan.rules)
+    return {"references": asks, "num_records": answers.records}
 
 
 def _initial(reward: Reward) -> Any:

@@ -1,4 +1,4 @@
-"""Scores of the reference answers that records hold, for rewards that are `relative` to them.
+"""Answers that records hold as rollouts, and their scores for rewards that are `relative` to them.
 
 A record's field (`rewards.<label>.relative.answers`) holds an answer to its prompt, or several: a
 demonstration, say, or what `rlhf_jax.generate` wrote under ``completions``. They are scored once,
@@ -32,24 +32,23 @@ _log = logging.getLogger(__name__)
 
 
 class Answers(NamedTuple):
-    """Where the answers are and how they become rollouts, ``rows`` at a time."""
+    """Where given answers are and how they become rollouts, ``rows`` at a time."""
 
-    label: str
     field: str
     prompts: PromptSource
     writer: Writer
     rows: int
-    mesh: Mesh
-    rules: ShardingRules
 
     @property
     def records(self) -> int:
         """`Prompts.record` is below."""
         return 1 + max(record for _, record in self.prompts.places)
 
-    def references(self) -> References:
-        """What `rewards.shaping.relative` asks; see there."""
-        return functools.partial(_scores, self)
+
+def references(label: str, answers: Answers, mesh: Mesh, rules: ShardingRules) -> References:
+    """What `rewards.shaping.relative` asks of the reward under ``label``: the mean score of each
+    record's answers, 0 for records that are never drawn."""
+    return functools.partial(_scores, label, answers, mesh, rules)
 
 
 def check_answers(config: ConfigDict, prompts: PromptSource) -> None:
@@ -57,9 +56,14 @@ def check_answers(config: ConfigDict, prompts: PromptSource) -> None:
     for label, section in config.rewards.items():
         if "relative" in section:
             with within(f"rewards.{label}.relative.answers"):
-                for source, record in prompts.places:
-                    with within(prompts.place(source, record)):
-                        answers_of(prompts.record(source, record), section.relative.answers)
+                check_field(prompts, section.relative.answers)
+
+
+def check_field(prompts: PromptSource, field: str) -> None:
+    """Raises a ValueError for the first record that holds no answers under a field."""
+    for source, record in prompts.places:
+        with within(prompts.place(source, record)):
+            answers_of(prompts.record(source, record), field)
 
 
 def answers_of(record: Record, field: str) -> Sequence[str]:
@@ -95,12 +99,13 @@ def own_writer(config: ConfigDict, text: Tokenizer, tables: TokenTables) -> Writ
     return Writer(write, tables, data.max_prompt, config.rollout.max_tokens)
 
 
-def _scores(answers: Answers, reward: Reward, state: Any) -> Float[np.ndarray, " R"]:
-    """The mean score of each record's answers; 0 for records that are never drawn."""
+def _scores(
+    label: str, answers: Answers, mesh: Mesh, rules: ShardingRules, reward: Reward, state: Any
+) -> Float[np.ndarray, " R"]:
     score = jax.jit(reward.score) if reward.where == "device" else reward.score
     total, count = (np.zeros(answers.records) for _ in range(2))
-    for rollouts, rows in _batches(answers):
-        scores, _ = score(state, shard_batch(answers.mesh, answers.rules, rollouts))
+    for rollouts, rows in batches_of(answers):
+        scores, _ = score(state, shard_batch(mesh, rules, rollouts))
         record = rollouts.prompts.record[:rows]
         np.add.at(total, record, fetch_host(scores.outcome)[:rows].astype(np.float64))
         np.add.at(count, record, 1)
@@ -108,15 +113,15 @@ def _scores(answers: Answers, reward: Reward, state: Any) -> Float[np.ndarray, "
     if bad.size:
         where = answers.prompts.place(0, int(bad[0]))
         raise ValueError(
-            f"rewards.{answers.label}.relative: the score of the reference answer of {where} is "
+            f"rewards.{label}.relative: the score of the reference answer of {where} is "
             f"{total[bad[0]]}; {bad.size} records have no finite one"
         )
-    _log.info("rewards.%s: scored %d reference answers", answers.label, count.sum())
+    _log.info("rewards.%s: scored %d reference answers", label, count.sum())
     return (total / np.maximum(count, 1)).astype(np.float32)
 
 
-def _batches(answers: Answers) -> Iterator[tuple[Rollouts, int]]:
-    """Rollouts of one completion per prompt, and how many rows are not there to fill the last."""
+def batches_of(answers: Answers) -> Iterator[tuple[Rollouts, int]]:
+    """Rollouts of one completion per prompt, and how many rows count: the rest fill the last."""
     written = []
     for source, index in answers.prompts.places:
         record = answers.prompts.record(source, index)

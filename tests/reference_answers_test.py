@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from rlhf_jax.data.prompts import PromptSource
 from rlhf_jax.data.sources import open_source
 from rlhf_jax.mesh import ShardingRules, make_mesh
-from rlhf_jax.reference_answers import Answers, answers_of, check_answers, own_writer
+from rlhf_jax.reference_answers import Answers, answers_of, check_answers, own_writer, references
 from rlhf_jax.rewards.base import device_reward
 from rlhf_jax.text.steps import token_tables
 from rlhf_jax.text.tokenizer import ByteTokenizer
@@ -33,15 +33,12 @@ def answers(records=RECORDS):
     prompts = PromptSource([source], TEXT, **DATA, seed=3, overlong="skip")
     tables = token_tables(TEXT)
     writer = own_writer(config(), TEXT, tables)
-    return Answers(
-        "size",
-        "best",
-        prompts,
-        writer,
-        2,
-        make_mesh({"data": 2}, jax.devices()[:2]),
-        ShardingRules(),
-    )
+    return Answers("best", prompts, writer, rows=2)
+
+
+def scored(asked, reward):
+    mesh = make_mesh({"data": 2}, jax.devices()[:2])
+    return references("size", asked, mesh, ShardingRules())(reward, {})
 
 
 def test_each_records_answer_is_scored_where_it_is_drawn():
@@ -53,7 +50,7 @@ def test_each_records_answer_is_scored_where_it_is_drawn():
 
     asked = answers()
     assert asked.records == 4
-    found = asked.references()(device_reward("say", say), {})
+    found = scored(asked, device_reward("say", say))
     # With end-of-text; the second prompt is overlong and never drawn, the last answer is cut.
     np.testing.assert_array_equal(found, [120, 0, 340, 261])
 
@@ -61,13 +58,13 @@ def test_each_records_answer_is_scored_where_it_is_drawn():
 def test_several_answers_count_by_their_mean():
     asked = answers(dict(prompt=("a", "b"), best=(["1", "333"], ["22", "22", "55555"])))
     size = device_reward("size", lambda rollouts: rollouts.mask.sum(-1))
-    np.testing.assert_allclose(asked.references()(size, {}), [3, 4])
+    np.testing.assert_allclose(scored(asked, size), [3, 4])
 
 
 def test_a_score_that_is_no_number_is_an_error():
     lost = device_reward("lost", lambda rollouts: np.nan * rollouts.mask.sum(-1))
     with pytest.raises(ValueError, match=r"rewards.size.relative: .* is nan; 3 records"):
-        answers().references()(lost, {})
+        scored(answers(), lost)
 
 
 def test_records_without_answers_are_named():

@@ -37,7 +37,7 @@ from rlhf_jax.rewards.base import (
     split_places,
 )
 from rlhf_jax.sampling.methods import make_sampling
-from rlhf_jax.schema import check_call, check_keys, check_section, within
+from rlhf_jax.schema import check_call, check_keys, check_section, closest, within
 from rlhf_jax.sections import Wrappers
 from rlhf_jax.text.tokenizer import Tokenizer, load_tokenizer
 from rlhf_jax.training.optimizer import make_optimizer
@@ -173,6 +173,12 @@ def algorithm(config: ConfigDict) -> Algorithm:
     section = config.algorithm.to_dict()
     values = {k: v for k, v in section.items() if k not in _AROUND}
     check_call("algorithm", factory, values, also=_AROUND)
+    label = values.get("reward")  # of an algorithm that asks one reward by its label
+    if isinstance(label, str) and label not in config.rewards:
+        raise ValueError(
+            f"algorithm.reward={label!r} is none of rewards{closest(label, config.rewards)}; "
+            f"known: {', '.join(config.rewards)}"
+        )
     around = {k: v for k, v in section.items() if k in _AROUND}
     check_section("algorithm", around, AlgorithmWrappers)
     return wrap_algorithm(config, call("algorithm", factory, values), around)

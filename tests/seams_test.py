@@ -77,6 +77,9 @@ def test_toys_are_short():
         dict(name="superhf", kl_coef=0.01),
         dict(name="online_dpo"),
         pytest.param(dict(name="best_of_n"), marks=pytest.mark.slow),
+        pytest.param(
+            dict(name="expert_iteration", reward="likes", threshold=0.15), marks=pytest.mark.slow
+        ),
     ],
     ids=lambda algorithm: algorithm["name"].rpartition(".")[2],
 )

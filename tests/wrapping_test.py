@@ -131,6 +131,16 @@ def test_rehearsal_without_its_rows_is_refused(rehearsal, extra, message):
         build.algorithm(config)
 
 
+def test_an_algorithm_that_asks_one_reward_names_one_that_is_there():
+    config = config_with()
+    config.algorithm = dict(name="expert_iteration", reward="exakt")
+    said = r"algorithm.reward='exakt' is none of rewards; did you mean 'exact'\?; known: exact, "
+    with pytest.raises(ValueError, match=said):
+        build.algorithm(config)
+    config.algorithm.reward = "exact"
+    build.algorithm(config)
+
+
 def test_an_algorithm_says_what_may_be_around_it(tmp_path, monkeypatch):
     """A file outside the package whose loss knows no advantages refuses a correction."""
     folder = tmp_path / "shelf_of_mine"

@@ -47,10 +47,11 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "pe_reinforce": dict(kl_coef=1 / 6),
     "superhf": dict(),
     "best_of_n": dict(),
+    "expert_iteration": dict(reward="outcome", threshold=0.5, most=2),  # a probability above 1/2
     "online_dpo": dict(),
 }
 # Where PPO's learning rate goes too far: imitation collapses, and pairs pull without end.
-RATES: Mapping[str, float] = {"best_of_n": 3e-5, "online_dpo": 1e-4}
+RATES: Mapping[str, float] = {"best_of_n": 3e-5, "expert_iteration": 3e-5, "online_dpo": 1e-4}
 OFFLINE = "dpo"
 
 

@@ -65,6 +65,10 @@ METHODS = {
     ),
     # Dong et al. 2023 (RAFT): best of 32; the rate is ours.
     "best_of_n": dict(algorithm=dict(), samples=32, rate=2e-5),
+    # Anthony et al. 2017; for language models Singh et al. 2023 (ReST-EM). The numbers are ours.
+    "expert_iteration": dict(
+        algorithm=dict(reward="exact", threshold=0.5, most=4), samples=16, epochs=2, rate=2e-5
+    ),
     # Guo et al. 2024: 128 prompts, two samples each.
     "online_dpo": dict(algorithm=dict(beta=0.1), samples=2, temperature=0.9, rate=5e-7),
 }  # fmt: skip

@@ -23,17 +23,21 @@ from rlhf_jax.data.texts import texts
 from rlhf_jax.k_axis import hold
 from rlhf_jax.mesh import ShardingRules, batch_shards, make_mesh, shard_rows
 from rlhf_jax.ops.step_labels import check_how
-from rlhf_jax.policy_sections import AlgorithmWrappers
+from rlhf_jax.policy_sections import AlgorithmWrappers, Shaping
 from rlhf_jax.rewards.base import (
     aggregate_steps,
     clip,
     combine,
+    device_reward,
+    length_penalty,
     normalise,
+    relative,
+    scale,
     shrink,
     split_places,
 )
 from rlhf_jax.sampling.methods import make_sampling
-from rlhf_jax.schema import check_call, check_keys, check_section, within
+from rlhf_jax.schema import check_call, check_keys, check_section, closest, within
 from rlhf_jax.sections import Wrappers
 from rlhf_jax.text.tokenizer import Tokenizer, load_tokenizer
 from rlhf_jax.training.optimizer import make_optimizer
@@ -164,7 +168,7 @@ def mesh(config: ConfigDict) -> tuple[Mesh, ShardingRules]:
 
 def algorithm(config: ConfigDict, **ours: Any) -> Algorithm:
     """The algorithm that ``config.algorithm.name`` names with its wrappers, in the order
-    correction, omit_truncated, select, imitate; the section's other keys go to its function.
+    correction, omit_truncated, select, imitate, rehearsal; its other keys go to its function.
 
     Args:
         ours: arguments in place of the section's, where the function takes them.
@@ -175,6 +179,12 @@ def algorithm(config: ConfigDict, **ours: Any) -> Algorithm:
     check_call("algorithm", factory, values, also=_AROUND)
     taken = inspect.signature(factory).parameters
     values |= {k: v for k, v in ours.items() if k in taken}
+    label = values.get("reward")  # of an algorithm that asks one reward by its label
+    if isinstance(label, str) and label not in config.rewards:
+        raise ValueError(
+            f"algorithm.reward={label!r} is none of rewards{closest(label, config.rewards)}; "
+            f"known: {', '.join(config.rewards)}"
+        )
     around = {k: v for k, v in section.items() if k in _AROUND}
     check_section("algorithm", around, AlgorithmWrappers)
     return wrap_algorithm(config, call("algorithm", factory, values), around)
@@ -281,6 +291,27 @@ def check_reward(label: str, section: ConfigDict) -> None:
                 f"rewards.{label}.aggregate={section.aggregate!r} reads the logits of steps; it is "
                 "for a reward that takes transform='logit', such as process_model, and needs it set"
             )
+    _check_shaping(f"rewards.{label}", section)
+
+
+def _check_shaping(path: str, section: ConfigDict) -> None:
+    """Raises a ValueError for wrappers with a memory that could not do what they say."""
+    remembers = [key for key in Shaping.__annotations__ if key in section]
+    if remembers and section.name == "process_model" and not section.get("aggregate", ""):
+        raise ValueError(
+            f"{path}.{remembers[0]} changes scores of whole completions, and a process_model has "
+            f"none without aggregate; set {path}.aggregate, or leave {remembers[0]} out"
+        )
+    for key in ("clip", "shrink"):
+        if "relative" in section and section.get(key, 0.0) not in (0.0, 1.0):
+            raise ValueError(
+                f"{path}.{key}={section[key]} beside relative, whose scores lie between 0 and 1 "
+                f"already; leave {key} out"
+            )
+    for key, make in (("length_penalty", length_penalty), ("scale", scale)):
+        if key in section:
+            with within(f"{path}.{key}"):
+                make(device_reward("checked", lambda rollouts: rollouts.mask), **section[key])
 
 
 def check_weights(rewards: ConfigDict) -> None:
@@ -307,10 +338,12 @@ def check_process(algorithm: str, rewards: ConfigDict) -> None:
 
 
 def reward(label: str, section: ConfigDict, resources: Mapping[str, Any]) -> Reward:
-    """One reward with its wrappers, in the order aggregate, normalise, clip, shrink.
+    """One reward with its wrappers, in the order aggregate, normalise, relative, clip, shrink,
+    length_penalty, scale.
 
     A factory gets the resources that it names among its parameters (model, params, mesh,
-    decode, records, rows), and the section's keys as values.
+    decode, records, rows), and the section's keys as values. A reward that is relative also wants
+    `references`, what asks it for the scores of reference answers, and `num_records`.
     """
     path = f"rewards.{label}"
     factory = member(path, "rewards", section)
@@ -322,10 +355,19 @@ def reward(label: str, section: ConfigDict, resources: Mapping[str, Any]) -> Rew
         made = aggregate_steps(made, section.aggregate)
     if section.get("normalise", False):
         made = normalise(made)
+    mesh = resources.get("mesh")
+    if "relative" in section:
+        asked = dict(references=resources["references"], records=resources["num_records"])
+        with within(f"{path}.relative"):
+            made = relative(made, **asked, mesh=mesh)
     if section.get("clip", 0.0):
         made = clip(made, section.clip)
     if section.get("shrink", 1.0) != 1.0:
         made = shrink(made, negative=section.shrink)
+    if "length_penalty" in section:
+        made = length_penalty(made, **section.length_penalty, mesh=mesh)
+    if "scale" in section:
+        made = scale(made, **section.scale, mesh=mesh)
     return made
 
 

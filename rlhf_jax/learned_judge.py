@@ -19,6 +19,7 @@ from rlhf_jax.mesh import ShardingRules
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.transformer import decoder
 from rlhf_jax.policy_sampler import PolicySampler
+from rlhf_jax.policy_sections import Shaping
 from rlhf_jax.reward_texts import own_tokenizers, writers
 from rlhf_jax.rewards.other_tokens import Writer, translated
 from rlhf_jax.training.experience import compile_score
@@ -41,6 +42,12 @@ class _Plan(NamedTuple):
 def check_learned(label: str, section: ConfigDict) -> None:
     """Raises a ValueError for a reward that cannot be made; opens nothing."""
     build.check_reward(label, _weighed(section))
+    for key in Shaping.__annotations__:
+        if key in section:
+            raise ValueError(
+                f"rewards.{label}.{key} is of the run that trains on the reward: it remembers what "
+                f"that run scored; leave {key} out"
+            )
 
 
 def make_learned(label: str, config: ConfigDict) -> Callable[[PolicySampler], Judge]:

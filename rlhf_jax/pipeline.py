@@ -24,6 +24,7 @@ from rlhf_jax.label_samples import label_samples
 from rlhf_jax.label_steps import label_steps
 from rlhf_jax.rehearse import place, rehearse
 from rlhf_jax.report import report
+from rlhf_jax.select_rehearsal import select_rehearsal
 from rlhf_jax.train_dpo import train_dpo
 from rlhf_jax.train_policy import train_policy
 from rlhf_jax.train_reward import train_reward
@@ -36,6 +37,7 @@ PROGRAMS: Mapping[str, Callable[[ConfigDict, str], Any]] = {
     "train_dpo": train_dpo,
     "label_samples": label_samples,
     "label_steps": label_steps,
+    "select_rehearsal": select_rehearsal,
     "train_reward": train_reward,
     "train_policy": train_policy,
     "evaluate": evaluate,

@@ -19,6 +19,7 @@ from rlhf_jax.mismatch_plan import Watch, make_watch
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.passes import check_positions
 from rlhf_jax.models.transformer import decoder
+from rlhf_jax.reference_answers import check_answers
 from rlhf_jax.reward_texts import own_tokenizers, writers
 from rlhf_jax.rewards.other_tokens import Writer
 from rlhf_jax.schema import check_keys, within
@@ -96,6 +97,8 @@ def make_plan(
     )
     # Reads every record, so after what is quick to see.
     prompts = None if later(config.data) else build.prompts(config, text)
+    if prompts is not None:
+        check_answers(config, prompts)
     reference = dataclasses.replace(described["policy"], lora_rank=0, score_heads=())
     models = Models(
         policy=made["policy"],

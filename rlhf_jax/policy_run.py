@@ -15,6 +15,7 @@ from rlhf_jax.models.transformer import decoder
 from rlhf_jax.ops.masking import fill_padding
 from rlhf_jax.ops.metrics import single
 from rlhf_jax.policy_plan import PolicyPlan
+from rlhf_jax.reference_answers import Answers, own_writer, references
 from rlhf_jax.rewards.base import lend_base
 from rlhf_jax.rewards.other_tokens import translated
 from rlhf_jax.sampling.sampler import generate
@@ -218,6 +219,8 @@ def _rewards(plan: PolicyPlan, learned: Mapping[str, Params]) -> dict[str, Rewar
             "rows": plan.sizes.rows,
             "mesh": plan.mesh,
         }
+        if "relative" in section:
+            resources |= _references(plan, label)
         if label in learned:
             resources["model"] = decoder(plan.described[f"reward/{label}"], plan.rules)
             resources["params"] = learned[label]
@@ -227,6 +230,18 @@ def _rewards(plan: PolicyPlan, learned: Mapping[str, Params]) -> dict[str, Rewar
             made = translated(made, plan.writers[label], **texts)
         members[label] = (made, section.weight)
     return build.combined(members)
+
+
+def _references(plan: PolicyPlan, label: str) -> dict[str, Any]:
+    """What asks a reward for the scores of its reference answers, in the tokens that it reads."""
+    answers = Answers(
+        field=plan.config.rewards[label].relative.answers,
+        prompts=plan.prompts,
+        writer=plan.writers.get(label) or own_writer(plan.config, plan.tokenizer, plan.tables),
+        rows=plan.sizes.prompts * plan.sizes.samples,
+    )
+    asks = references(label, answers, plan.mesh, plan.rules)
+    return {"references": asks, "num_records": answers.records}
 
 
 def _initial(reward: Reward) -> Any:

@@ -14,7 +14,7 @@ from rlhf_jax import build, roles
 from rlhf_jax.compile_watch import CompileWatch
 from rlhf_jax.data.prompts import PromptSource
 from rlhf_jax.mesh import ShardingRules, batch_shards, fetch_host, shard_batch
-from rlhf_jax.models.completions import evaluate_completions
+from rlhf_jax.models.completions import embed_completions, evaluate_completions
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.passes import check_positions
 from rlhf_jax.models.transformer import decoder
@@ -123,6 +123,10 @@ class PolicySampler:
                 self._model, params, {}, rollouts, temperature=1.0, rows=None
             ).logprobs
 
+        def embed(params, rollouts):
+            return embed_completions(self._model, params, {}, rollouts)
+
+        self._embed = jax.jit(embed)
         self._sample = jax.jit(sample, static_argnames="samples")
         self._read = jax.jit(read)
 
@@ -192,6 +196,11 @@ class PolicySampler:
         of each token in nats, 0 at padding."""
         with jax.set_mesh(self._mesh):
             return self._read(self._load(), rollouts)
+
+    def embed(self, rollouts: Rollouts) -> Float[np.ndarray, "B D"]:
+        """The mean hidden state of prompt and completion, of completions of any policy."""
+        with jax.set_mesh(self._mesh):
+            return fetch_host(self._embed(self._load(), rollouts))
 
     def log_ratio(self, reference: "PolicySampler", rollouts: Rollouts) -> Float[np.ndarray, " B"]:
         """log policy - log reference of each completion in nats; over own samples of temperature 1

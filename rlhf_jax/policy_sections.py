@@ -64,6 +64,41 @@ class Value(TypedDict):
     pretrain: NotRequired[Pretrain]
 
 
+class Relative(TypedDict):
+    """A reward beside that of given answers; see `rlhf_jax.reference_answers`."""
+
+    answers: str  # the field of a record that holds one, or a list of them
+
+
+class LengthPenalty(TypedDict):
+    """A price of length in standard deviations of the score; see `rlhf_jax.rewards.shaping`."""
+
+    tokens: Count  # that cost nothing
+    coef: NotRequired[float]
+    batches: NotRequired[Count]  # of the running standard deviation
+
+
+class Scale(TypedDict):
+    """A score in running standard deviations, held between limits."""
+
+    limit: NotRequired[float]
+    batches: NotRequired[Count]
+
+
+class Shaping(TypedDict):
+    """Keys of a reward's section that wrap it in something with a memory."""
+
+    relative: NotRequired[Relative]
+    length_penalty: NotRequired[LengthPenalty]
+    scale: NotRequired[Scale]
+
+
+class Rehearsal(TypedDict):
+    """A term on the auxiliary rows `extra.rehearsal`; see `rlhf_jax.algorithms.auxiliary`."""
+
+    weight: float
+
+
 class AlgorithmWrappers(TypedDict):
     """The keys of an algorithm's section that do not go to its function."""
 
@@ -72,6 +107,7 @@ class AlgorithmWrappers(TypedDict):
     omit_truncated: NotRequired[bool]
     select: NotRequired[Select]
     imitate: NotRequired[Imitate]
+    rehearsal: NotRequired[Rehearsal]
 
 
 class Axis(TypedDict):
@@ -81,3 +117,37 @@ class Axis(TypedDict):
     hold: NotRequired[str]  # prompts, samples or tokens
     tokens: NotRequired[Count]  # of max_tokens then, for hold="tokens"
     lr_scale: NotRequired[str]  # none, sqrt or linear
+
+
+class Selection(TypedDict):
+    """Which answers are worth rehearsing; see `rlhf_jax.select_rehearsal`."""
+
+    problems: NotRequired[Count]  # that the policy answers
+    completions: NotRequired[str]  # in place of its own: a field with given answers
+    clusters: Count
+    keep: Count  # of each cluster
+
+
+class Alarms(TypedDict):
+    """When a watched run raises an alarm; see `rlhf_jax.ops.mismatch.Thresholds`."""
+
+    divergence: NotRequired[float]  # of the two reward models, relative to the gain
+    in_a_row: NotRequired[Count]  # evaluations
+    window: NotRequired[Count]  # evaluations
+    kl_max: NotRequired[float]  # nats per completion
+    kl_target: NotRequired[float]
+    length: NotRequired[float]  # times that of the start
+    refusals: NotRequired[float]  # times those of the start
+
+
+class Monitor(TypedDict):
+    """Signs that the reward and what it stands for part; see `rlhf_jax.mismatch_watch`."""
+
+    proxy: str  # label of the reward that trains
+    held_out: NotRequired[str]  # label, weight 0: its twin from the other half of the data
+    gold: NotRequired[str]  # label, weight 0: what both stand for
+    every: Count  # steps of an evaluation
+    start: NotRequired[Count]  # batches of the initial policy that the start is measured on
+    freeze: NotRequired[bool]  # the learning rate, at an alarm
+    refusals: NotRequired[tuple[str, ...]]  # texts of which a refusal holds one
+    alarms: NotRequired[Alarms]

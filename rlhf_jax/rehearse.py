@@ -26,6 +26,7 @@ from rlhf_jax import (
     roles,
     run_folder,
     sections,
+    select_rehearsal,
     train_dpo,
     train_reward,
     train_sft,
@@ -157,6 +158,13 @@ def _step_labels(config: ConfigDict, later: Later) -> Mapping[str, ModelConfig]:
     return {}
 
 
+def _selection(config: ConfigDict, later: Later) -> Mapping[str, ModelConfig]:
+    select_rehearsal.check_config(config)
+    if not later(config.data):
+        select_rehearsal.check_answers(config, plan_sampler(config).prompts)
+    return {}
+
+
 def _evaluation(config: ConfigDict, later: Later) -> Mapping[str, ModelConfig]:
     if "reward_sets" in config:
         return _reward_sets(config, later)
@@ -198,6 +206,7 @@ _PLANS: Mapping[str, Callable[[ConfigDict, Later], Mapping[str, ModelConfig]]] =
     "train_policy": _policy,
     "label_samples": _labels,
     "label_steps": _step_labels,
+    "select_rehearsal": _selection,
     "evaluate": _evaluation,
     "evaluate_gold": _gold,
     "evaluate_reward": _reward_sets,

@@ -11,7 +11,7 @@ from typing import Any, NotRequired, TypedDict, get_type_hints
 from ml_collections import ConfigDict
 
 from rlhf_jax.data.forms import check_form
-from rlhf_jax.policy_sections import Axis, Controllers, Value
+from rlhf_jax.policy_sections import Axis, Controllers, Monitor, Selection, Shaping, Value
 from rlhf_jax.reward_sections import Card, EvaluateReward, Heads, RewardReport
 from rlhf_jax.schema import Count, Index, check_section, within
 
@@ -159,7 +159,7 @@ class TrainDpo(Training):
     log: Log
 
 
-class Wrappers(TypedDict):
+class Wrappers(Shaping):
     """The keys of a reward's section that do not go to its factory."""
 
     name: str
@@ -190,31 +190,6 @@ class Optimizers(TypedDict):
 
     policy: Mapping[str, Any]
     value: NotRequired[Mapping[str, Any]]
-
-
-class Alarms(TypedDict):
-    """When a watched run raises an alarm; see `rlhf_jax.ops.mismatch.Thresholds`."""
-
-    divergence: NotRequired[float]  # of the two reward models, relative to the gain
-    in_a_row: NotRequired[Count]  # evaluations
-    window: NotRequired[Count]  # evaluations
-    kl_max: NotRequired[float]  # nats per completion
-    kl_target: NotRequired[float]
-    length: NotRequired[float]  # times that of the start
-    refusals: NotRequired[float]  # times those of the start
-
-
-class Monitor(TypedDict):
-    """Signs that the reward and what it stands for part; see `rlhf_jax.mismatch_watch`."""
-
-    proxy: str  # label of the reward that trains
-    held_out: NotRequired[str]  # label, weight 0: its twin from the other half of the data
-    gold: NotRequired[str]  # label, weight 0: what both stand for
-    every: Count  # steps of an evaluation
-    start: NotRequired[Count]  # batches of the initial policy that the start is measured on
-    freeze: NotRequired[bool]  # the learning rate, at an alarm
-    refusals: NotRequired[tuple[str, ...]]  # texts of which a refusal holds one
-    alarms: NotRequired[Alarms]
 
 
 class TrainPolicy(Training):
@@ -250,6 +225,15 @@ class LabelSamples(Job):
     data: Prompts
     rollout: Rollout
     label: Label
+
+
+class SelectRehearsal(Job):
+    """`rlhf_jax.select_rehearsal`."""
+
+    data: Prompts
+    rollout: Rollout
+    rewards: dict[str, Mapping[str, Any]]
+    select: Selection
 
 
 class StepLabels(TypedDict):
@@ -372,6 +356,7 @@ PROGRAMS: Mapping[str, type] = {
     "train_policy": TrainPolicy,
     "label_samples": LabelSamples,
     "label_steps": LabelSteps,
+    "select_rehearsal": SelectRehearsal,
     "evaluate": Evaluate,
     "evaluate_benchmarks": EvaluateBenchmarks,
     "evaluate_best_of": EvaluateBestOf,

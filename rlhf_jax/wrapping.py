@@ -5,6 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from rlhf_jax.algorithms.auxiliary import REHEARSAL, rehearsed
 from rlhf_jax.algorithms.wrappers import correction, imitate, omit_truncated, select
 from rlhf_jax.schema import closest, within
 from rlhf_jax.types import Algorithm
@@ -43,6 +44,10 @@ def wrap_algorithm(config: ConfigDict, made: Algorithm, around: Mapping[str, Any
         with within("algorithm.imitate"):
             made = imitate(made, **around["imitate"])
         _check_label("imitate", around["imitate"]["reward"], config.rewards)
+    if REHEARSAL in around:
+        _check_rehearsal(config)
+        with within("algorithm.rehearsal"):
+            made = rehearsed(made, **around[REHEARSAL])
     return made
 
 
@@ -51,6 +56,25 @@ def _check_correction(config: ConfigDict) -> None:
         raise ValueError(
             "algorithm.correction weighs by the sampler's probabilities, and greedy samples have "
             "none; set rollout.sampling.temperature above 0 or leave correction out"
+        )
+
+
+def _check_rehearsal(config: ConfigDict) -> None:
+    if REHEARSAL not in config.extra:
+        raise ValueError(
+            "algorithm.rehearsal trains on auxiliary rows, and the config has no extra.rehearsal; "
+            "add it, a source of texts such as the file that rlhf_jax.select_rehearsal writes"
+        )
+    section, updates = config.extra[REHEARSAL], config.updates
+    if section.get("kind", "texts") != "texts":
+        raise ValueError(
+            f"extra.rehearsal.kind={section.kind!r}, but algorithm.rehearsal trains on texts"
+        )
+    parts = updates.minibatches * updates.microbatches
+    if isinstance(section.get("rows"), int) and section.rows % parts:
+        raise ValueError(
+            f"extra.rehearsal.rows={section.rows} does not divide into updates.minibatches="
+            f"{updates.minibatches} x updates.microbatches={updates.microbatches}"
         )
 
 

@@ -38,7 +38,7 @@ def test_a_policy_on_prompts_of_an_earlier_stage_still_is_a_model(tmp_path):
 
 def test_auxiliary_rows_of_an_earlier_stage_are_not_opened(tmp_path):
     def changes(section):
-        algorithm = dict(name="tests.toys.rehearsal", weight=0.5)
+        algorithm = dict(name="ppo", rehearsal=dict(weight=0.5))
         return {
             "policy.config.algorithm": algorithm,
             "policy.config.extra": dict(rehearsal=section),

@@ -77,6 +77,9 @@ def test_toys_are_short():
         dict(name="superhf", kl_coef=0.01),
         dict(name="online_dpo"),
         pytest.param(dict(name="best_of_n"), marks=pytest.mark.slow),
+        pytest.param(
+            dict(name="expert_iteration", reward="likes", threshold=0.15), marks=pytest.mark.slow
+        ),
     ],
     ids=lambda algorithm: algorithm["name"].rpartition(".")[2],
 )
@@ -117,7 +120,8 @@ def test_an_online_reward_learns_beside_the_policy(tmp_path, monkeypatch):
 
 
 def test_rehearsal_rows_train_beside_the_policy(tmp_path, monkeypatch):
-    config = toy_config(dict(name="tests.toys.rehearsal", weight=0.5))
+    algorithm = dict(name="ppo", kl_coef=0.01, rehearsal=dict(weight=0.5))
+    config = toy_config(algorithm)
     section = dict(kind="texts", max_length=64, rows=8, weight=1.0)
     config.extra = {"rehearsal": {**config.data.to_dict(), **section}}
     rows, state = run(config, tmp_path, monkeypatch)

@@ -109,6 +109,53 @@ def test_what_cannot_work_in_this_run_is_named(wrappers, sizes, message):
         build.algorithm(config)
 
 
+TEXTS = dict(kind="texts", name="jsonl:best.jsonl", template="{prompt}", max_length=9, rows=8)
+
+
+@pytest.mark.parametrize("name", ["grpo", "best_of_n", "online_dpo"])
+def test_rehearsal_goes_around_any_algorithm(name):
+    config = config_with()
+    config.algorithm = dict(name=name, rehearsal=dict(weight=0.1))
+    config.extra = dict(rehearsal=TEXTS)
+    assert build.algorithm(config).needs.extra == ("rehearsal",)
+
+
+@pytest.mark.parametrize(
+    ("rehearsal", "extra", "message"),
+    [
+        (dict(weight=0.1), {}, "algorithm.rehearsal trains on auxiliary rows, and the config has"),
+        (dict(weight=0.0), dict(rehearsal=TEXTS), "algorithm.rehearsal: weight=0.0; wanted a"),
+        (dict(), dict(rehearsal=TEXTS), "algorithm.rehearsal.weight is missing"),
+        (dict(weight=1.0, rows="x"), dict(rehearsal=TEXTS), "algorithm.rehearsal.rows: no such"),
+        (
+            dict(weight=1.0),
+            dict(rehearsal=TEXTS | dict(kind="pairs")),
+            "extra.rehearsal.kind='pairs', but algorithm.rehearsal trains on texts",
+        ),
+        (
+            dict(weight=1.0),
+            dict(rehearsal=TEXTS | dict(rows=7)),
+            "extra.rehearsal.rows=7 does not divide into updates.minibatches=2",
+        ),
+    ],
+)
+def test_rehearsal_without_its_rows_is_refused(rehearsal, extra, message):
+    config = config_with(rehearsal=rehearsal)
+    config.extra = extra
+    with pytest.raises(ValueError, match=message):
+        build.algorithm(config)
+
+
+def test_an_algorithm_that_asks_one_reward_names_one_that_is_there():
+    config = config_with()
+    config.algorithm = dict(name="expert_iteration", reward="exakt")
+    said = r"algorithm.reward='exakt' is none of rewards; did you mean 'exact'\?; known: exact, "
+    with pytest.raises(ValueError, match=said):
+        build.algorithm(config)
+    config.algorithm.reward = "exact"
+    build.algorithm(config)
+
+
 def test_an_algorithm_says_what_may_be_around_it(tmp_path, monkeypatch):
     """A file outside the package whose loss knows no advantages refuses a correction."""
     folder = tmp_path / "shelf_of_mine"

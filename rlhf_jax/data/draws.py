@@ -100,6 +100,11 @@ class Draws:
         return len(self._kept)
 
     @property
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """(source, record) of all that are drawn in an epoch, in the order of the sources."""
+        return tuple(self._kept)
+
+    @property
     def total(self) -> int:
         """Records of all sources, drawn or not: `Drawn.index` is below."""
         return self._offsets[-1]

@@ -92,6 +92,11 @@ class PromptSource:
             draw=np.array([one.draw for one in drawn], np.int32),
         )
 
+    @property
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """(source, record) of all prompts of an epoch, in the order of the sources."""
+        return self._draws.places
+
     def place(self, source: int, record: int) -> str:
         """Where a record stands, for messages."""
         return self._draws.place(source, record)

@@ -139,6 +139,24 @@ def evaluate_texts(model: Model, params: Params, frozen: Params, texts: Texts) -
     return _texts_of_one(model, tree, texts)
 
 
+def embed_completions(
+    model: Model, params: Params, frozen: Params, rollouts: Rollouts
+) -> Float[Array, "B D"]:
+    """The mean of the final hidden states (after the last norm) over prompt and completion.
+
+    Raises:
+        ValueError: the model is an ensemble, whose members have states of their own.
+    """
+    if model.config.members > 1:
+        raise ValueError(f"{model.config.members} models have no embedding in common; name one")
+    tree, prompts, group = join(params, frozen), rollouts.prompts, rollouts.group_size
+    tokens = jnp.concatenate([repeat_groups(prompts.tokens, group), rollouts.tokens], axis=1)
+    mask = jnp.concatenate([repeat_groups(prompts.mask, group), rollouts.mask], axis=1)
+    hidden = model.apply(tree, tokens, positions_of(mask), mask, None).hidden
+    count = jnp.maximum(jnp.sum(mask, axis=1, dtype=jnp.float32), 1.0)
+    return jnp.sum(jnp.where(mask[:, :, None], hidden, 0.0), axis=1) / count[:, None]
+
+
 def member_texts(
     model: Model, params: Params, frozen: Params, texts: Texts, *, own: bool
 ) -> dict[str, Float[Array, "E M S"]]:

@@ -1,8 +1,9 @@
 """Rewards as values: how to make one, and how several become one.
 
 A reward says scores; what enters the return is made of them in this order:
-aggregate steps to an outcome -> normalise by frozen reference statistics -> clip -> shrink, each
-a function from a reward to a reward, and then `combine` weights and adds. `Scores.parts` stay what
+aggregate steps to an outcome -> normalise by frozen reference statistics -> relative to reference
+answers -> clip -> shrink -> length_penalty -> scale, each a function from a reward to a reward, and
+then `combine` weights and adds. `Scores.parts` stay what
 each source said, before any of it. Everything that a new reward needs is imported from here.
 """
 
@@ -16,6 +17,7 @@ from jaxtyping import Float
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.rewards.host import Decode, HostScore, Records, host_reward
 from rlhf_jax.rewards.reshape import aggregate_steps, clip, normalise, shrink
+from rlhf_jax.rewards.shaping import length_penalty, relative, scale
 from rlhf_jax.types import Array, Params, Reward, Rollouts, Scores
 
 __all__ = [
@@ -29,9 +31,12 @@ __all__ = [
     "host_reward",
     "learned_state",
     "lend_base",
+    "length_penalty",
     "normalise",
     "outcome_scores",
     "process_scores",
+    "relative",
+    "scale",
     "shrink",
     "split_places",
 ]

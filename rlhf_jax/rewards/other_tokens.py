@@ -54,14 +54,19 @@ def translated(inner: Reward, writer: Writer, *, decode: Decode, records: Record
 
     @jax.jit
     def compiled(state, theirs, ends):
-        scores, _ = inner.score(state, theirs)
+        scores, new = inner.score(state, theirs)
         process = carry_back(scores.process, theirs.step_ends & theirs.mask, ends)
-        return Scores(outcome=scores.outcome, process=process, parts=scores.parts)
+        # What comes back as it went in, such as parameters, stays the array that it is.
+        changed = jax.tree.map(lambda n, old: None if n is old else n, new, state)
+        return Scores(outcome=scores.outcome, process=process, parts=scores.parts), changed
 
     def judge(state, batch: HostBatch):
         rollouts = batch.rollouts
         theirs, cut = convert(rollouts, batch.rows(decode))
-        scores = compiled(state, theirs, rollouts.step_ends & rollouts.mask)
+        scores, new = compiled(state, theirs, rollouts.step_ends & rollouts.mask)
+        state = jax.tree.map(
+            lambda n, old: old if n is None else n, new, state, is_leaf=lambda n: n is None
+        )
         parts = {**scores.parts, f"{inner.name}/cut": spread(cut, rollouts.truncated)}
         return Scores(outcome=scores.outcome, process=scores.process, parts=parts), state
 

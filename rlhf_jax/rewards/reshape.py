@@ -11,10 +11,10 @@ from rlhf_jax.ops.step_labels import aggregate, check_how
 from rlhf_jax.rewards.host import HostBatch, HostScore
 from rlhf_jax.types import Reward, Scores
 
-_FLAT = 1e-6  # a spread below this is a constant score, which is centred but not scaled
+FLAT = 1e-6  # a spread below this is a constant score, which is centred but not scaled
 
 
-def _wrap(reward, change):
+def wrap(reward, change):
     """`score` run through ``change(score, state, given)``; one on the host stays one."""
     inner = reward.score
     if isinstance(inner, HostScore):
@@ -45,7 +45,7 @@ def aggregate_steps(reward: Reward, how: str) -> Reward:
         )
         return changed, state
 
-    return reward._replace(score=_wrap(reward, change))
+    return reward._replace(score=wrap(reward, change))
 
 
 def normalise(reward: Reward) -> Reward:
@@ -77,7 +77,7 @@ def normalise(reward: Reward) -> Reward:
 
     def spread_of(x):
         std = jnp.std(x)
-        return jnp.where(std > _FLAT, std, 1.0)
+        return jnp.where(std > FLAT, std, 1.0)
 
     def calibrate(state, rollouts):
         inner = state["inner"]
@@ -97,7 +97,7 @@ def normalise(reward: Reward) -> Reward:
 
     return reward._replace(
         init=init,
-        score=_wrap(reward, change),
+        score=wrap(reward, change),
         update=update if reward.update is not None else None,
         calibrate=calibrate,
     )
@@ -109,7 +109,7 @@ def _change_outcome(reward, fn):
         changed = Scores(outcome=fn(scores.outcome), process=scores.process, parts=scores.parts)
         return changed, state
 
-    return reward._replace(score=_wrap(reward, change))
+    return reward._replace(score=wrap(reward, change))
 
 
 def clip(reward: Reward, limit: float | int) -> Reward:

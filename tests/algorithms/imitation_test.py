@@ -1,4 +1,4 @@
-"""Best-of-n training and SuperHF against loops: the best of each group is imitated."""
+"""Best-of-n, SuperHF and expert iteration against loops: which samples are imitated, and how."""
 
 import dataclasses
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.algorithms.best_of_n import best_of_n
+from rlhf_jax.algorithms.expert_iteration import expert_iteration
 from rlhf_jax.algorithms.superhf import superhf
 from tests.algorithms import loops
 from tests.algorithms.loops import GROUP, Wanted, batch, ours
@@ -18,6 +19,51 @@ def best_rows(rows, size):
         best = next(i for i, reward in enumerate(group) if reward == max(group))
         chosen += [i == best for i in range(size)]
     return chosen
+
+
+def good_rows(rows, size, threshold, most):
+    """The first `most` of each group whose reward is above a threshold, and that say something."""
+    chosen = []
+    for group in loops.grouped(rows, size):
+        good = [i for i, row in enumerate(group) if row.reward > threshold and row.old]
+        chosen += [i in good[:most] for i in range(size)]
+    return chosen
+
+
+@pytest.mark.parametrize(("threshold", "most"), [(0.5, None), (-1.0, None), (-1.0, 2), (-0.5, 1)])
+def test_expert_iteration_against_a_loop(threshold, most):
+    experience, output = batch()
+    rows = loops.rows_of(experience)
+    chosen = good_rows(rows, GROUP, threshold, most)
+
+    def terms(point, still):
+        del still
+        kept = [
+            [-x for x in new] if good else []
+            for new, good in zip(point["logprobs"], chosen, strict=True)
+        ]
+        return {"policy": (1.0, loops.mean_over(kept, "token_mean"))}
+
+    returns = loops.everywhere([row.reward for row in rows], rows)
+    wanted = Wanted(loops.everywhere(map(float, chosen), rows), returns, terms, kept=chosen)
+    options = dict(threshold=threshold) | (dict(most=most) if most else {})
+    found = loops.assert_agrees("expert_iteration", (experience, output), wanted, **options)
+    share = found.metrics["policy/imitated"]
+    assert (float(share.total), float(share.count)) == (sum(chosen), 11)  # one row is empty
+    assert 0 < sum(chosen) < 11
+
+
+def test_expert_iteration_asks_the_reward_that_it_names():
+    """The unweighted scores of one label decide, whatever else the reward says."""
+    experience, output = batch()
+    verdict = np.array([1, 0, 1, 0, 0, 0, 0, 0, 1, 1, 1, 1], np.float32)
+    scores = dataclasses.replace(experience.scores, parts={"exact": verdict})
+    data = dataclasses.replace(experience, scores=scores), output
+    found = ours("expert_iteration", data, reward="exact", most=3)
+    trained = np.flatnonzero(np.asarray(found.targets.mask).any(axis=1))
+    np.testing.assert_array_equal(trained, [0, 8, 9, 10])  # row 2 is empty; of all right ones three
+    with pytest.raises(ValueError, match="expert_iteration: no reward 'exakt'; known: exact"):
+        ours("expert_iteration", data, reward="exakt")
 
 
 def imitation_loop(
@@ -89,7 +135,7 @@ def test_of_equal_samples_the_first_is_imitated(name):
     assert np.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize("name", ["best_of_n", "superhf", "online_dpo"])
+@pytest.mark.parametrize("name", ["best_of_n", "superhf", "online_dpo", "expert_iteration"])
 def test_a_reward_that_is_not_a_number_is_never_learnt(name):
     """The largest of 1 and NaN is NaN; it must not be the best of its group in silence."""
     data = batch(outcome=[1.0, np.nan, 0.0, 0.0] + [0.0, 1.0, 0.5, 0.2] * 2, process=0.0)
@@ -133,7 +179,10 @@ def test_needs_and_refusals():
         superhf(kl_estimator="k1")
     with pytest.raises(ValueError, match=r"kl_coef=-1; wanted 0 or more"):
         superhf(kl_coef=-1)
-    for factory in (best_of_n, superhf):
+    assert expert_iteration().needs.min_group == 1 and not expert_iteration().needs.reference
+    with pytest.raises(ValueError, match="most=0; wanted 1 or more samples"):
+        expert_iteration(most=0)
+    for factory in (best_of_n, superhf, expert_iteration):
         with pytest.raises(ValueError, match="unknown aggregation 'mean'"):
             factory(aggregate="mean")
         with pytest.raises(ValueError, match="uses no constant, got 5"):

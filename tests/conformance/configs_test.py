@@ -7,14 +7,16 @@ import pathlib
 import pytest
 from ml_collections import ConfigDict
 
+from configs.length import INTERVENTIONS, PAIRS
 from configs.methods import METHODS
 from configs.pairs import KINDS
-from rlhf_jax import evaluate_best_of, label_steps, sections, train_reward
+from rlhf_jax import build, evaluate_best_of, label_steps, sections, train_reward
 from rlhf_jax.find import members
 from rlhf_jax.pipeline import PROGRAMS, check
 from rlhf_jax.policy_plan import make_plan
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs"
+REWARD_KEYS = ("length_penalty", "scale", "relative")
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
 
 
@@ -79,6 +81,37 @@ def test_every_kind_of_reward_model_can_be_had_by_one_argument(kind):
     planned = train_reward.check(config.stages.reward.config)
     assert set(planned.described.score_heads) == set(KINDS[kind]["score_heads"])
     assert (planned.joint is not None) == (kind != "outcome")
+
+
+@pytest.mark.parametrize("intervention", INTERVENTIONS)
+def test_an_intervention_is_one_key_and_can_be_built(intervention, tmp_path, monkeypatch):
+    """Of the pairs, which are drawn, or of the policy's run, which is planned for a small model."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path.parent))  # problems are made once
+    pairs = [
+        dict(prompt=f"{i}+1\n", chosen=f"{i + 10}", rejected=f"{i + 11}", confidence=0.5)
+        for i in range(40)
+    ]
+    lines = [json.dumps(pair) + "\n" for pair in pairs]
+    (tmp_path / "pairs.jsonl").write_text("".join(lines))
+    named = f",pairs={tmp_path / 'pairs.jsonl'}" if intervention == "truncate" else ""
+    config, plain = load("length", f"intervention={intervention}{named}"), load("length")
+    changed = [name for name in plain.order if config.stages[name] != plain.stages[name]]
+    stage = "reward" if intervention in PAIRS else "policy"
+    assert changed == ([] if intervention == "none" else [stage])
+    reward, policy = config.stages.reward.config, config.stages.policy.config
+    sections.check("train_reward", reward)
+    sections.check("train_policy", policy)
+    reward.sources.pairs.name = f"jsonl:{tmp_path / 'pairs.jsonl'}"
+    source = build.examples("sources.pairs", reward.sources.pairs, build.tokenizer(reward), 0)
+    assert len(source) == dict(augment=50, truncate=32).get(intervention, 40)
+    policy.data.options.update(train=40, test=20)
+    policy.unlock()
+    policy.model = dict(name="tiny", init_from="")
+    policy.rewards.outcome.init_from = ""
+    plan = make_plan(policy)
+    made = {key: key in policy.rewards.outcome for key in REWARD_KEYS}
+    assert made == {key: intervention in (key, key.removeprefix("length_")) for key in made}
+    assert plan.algorithm.targets.__qualname__.startswith("omit") == (intervention == "omit")
 
 
 def test_every_algorithm_has_the_settings_of_its_paper():

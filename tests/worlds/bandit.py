@@ -11,6 +11,7 @@ answers to a prompt have 12 features, gold and proxy are linear in them, a polic
 linear score, and what a run is worth is the exact gain in expected gold on prompts of its own.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ import numpy as np
 from rlhf_jax.ops.groups import repeat_groups
 from rlhf_jax.rewards.base import outcome_scores
 from rlhf_jax.training.experience import make_experience
-from rlhf_jax.types import Algorithm, CompletionOutput, Prompts, Reward, Rollouts
+from rlhf_jax.types import Algorithm, CompletionOutput, Prompts, Reward, Rollouts, Texts
 
 WIDTH, ANSWERS = 12, 40
 PROMPTS, NEW_PROMPTS = 2000, 400
@@ -99,20 +100,39 @@ def evaluate(policy: Policy, world, params, record, tokens) -> CompletionOutput:
     )
 
 
+class Rows(NamedTuple):
+    """Auxiliary rows: answers [M T] to the prompts `record` [M], all of them in every step."""
+
+    record: jax.Array
+    answers: jax.Array
+
+    def texts(self) -> Texts:
+        there = jnp.ones(self.answers.shape, bool)
+        return Texts(tokens=self.answers, mask=there, loss_mask=there, segment=there.astype(int))
+
+
 def trainer(policy: Policy, algorithm: Algorithm, reward: Reward, plan: Plan):
-    """A pure function (world, params, reward state, rates, key) -> `Trained`.
+    """A pure function (world, params, reward state, rates, key, extra) -> `Trained`.
 
     `rates` has the form of `params`, or of its upper levels. The reference is the policy as it
-    starts. All rows of a step are one minibatch, used `epochs` times.
+    starts. All rows of a step are one minibatch, used `epochs` times. `extra` are `Rows` by name.
     """
 
-    def total(params, world, experience, targets):
+    def total(params, world, experience, targets, extra):
         rollouts = experience.rollouts
         output = evaluate(policy, world, params, rollouts.prompts.record, rollouts.tokens)
+        read = {
+            name: evaluate(policy, world, params, rows.record, rows.answers).logprobs
+            for name, rows in extra.items()
+        }
+        output = dataclasses.replace(output, extra=read or None)
         terms, _ = algorithm.loss(output, experience, targets, plan.samples)
         return sum(t.weight * t.mean.total / jnp.maximum(t.mean.count, 1) for t in terms.values())
 
-    def run(world, start, state, rates, key):
+    def run(world, start, state, rates, key, extra=None):
+        extra = extra or {}
+        texts = {name: rows.texts() for name, rows in extra.items()}
+
         def one(carry, step):
             params, state, memory = carry
             to_draw, to_sample = jax.random.split(jax.random.fold_in(key, step))
@@ -123,10 +143,10 @@ def trainer(policy: Policy, algorithm: Algorithm, reward: Reward, plan: Plan):
                 evaluate(policy, world, p, record, rollouts.tokens) for p in (params, start)
             )
             value = own if algorithm.needs.value else None
-            experience = make_experience(rollouts, scores, own, reference, value, {})
+            experience = make_experience(rollouts, scores, own, reference, value, texts)
             targets, memory = algorithm.targets(experience, plan.samples, memory)
             for _ in range(plan.epochs):
-                slope = jax.grad(total)(params, world, experience, targets)
+                slope = jax.grad(total)(params, world, experience, targets, extra)
                 params = _descend(params, slope, rates)
             return (params, state, memory), jnp.mean(scores.outcome)
 

@@ -19,6 +19,19 @@ makes less of both.
 LPPO of Singhal et al. 2023 (https://arxiv.org/abs/2310.03716), a reward of length alone, aims at 20
 tokens. A policy that ends with chance 1/8 after each of up to 40 tokens, a table of 40 x 2 logits
 with a critic of 40 values, goes from 7.6 ± 6.9 tokens to 20.0 ± 0.2 in 300 steps.
+
+What the interventions do to a reward that likes length, in the same table with two kinds of tokens
+before the end, good and plain: R = 0.1 · tokens + 0.3 · (good − plain), whose correlation with
+length is 0.66 at the start; PPO with a KL coefficient of 0.05. Mean length, and how many of the
+tokens are good, of each of 2 seeds:
+
+    R as it is                                          35.6, 35.7 tokens    0.95, 0.94 good
+    length_penalty (tokens 20, coef 2)                  24.0, 23.6           0.98, 0.97
+    scale (0.3)                                         29.6, 29.2           0.64, 0.64
+    KL of 0.15                                          34.4, 34.5           0.89, 0.89
+
+Rules: the penalty makes completions shorter by a fifth and no worse, scaling shorter by a tenth. It
+makes less of everything: rewards so small leave the policy near its start.
 """
 
 import functools
@@ -31,6 +44,7 @@ import pytest
 
 from rlhf_jax.algorithms.ppo import ppo
 from rlhf_jax.ops.length_bias import length_gain
+from rlhf_jax.rewards.base import device_reward, length_penalty, scale
 from rlhf_jax.rewards.length import length
 from rlhf_jax.rewards.reshape import normalise
 from tests.worlds.bandit import Plan, Policy, keys, sample, table_reward, table_state, trainer
@@ -188,3 +202,55 @@ def lengths_with_a_target():
 def test_a_reward_of_length_alone_is_met():
     for (before, _), (after, spread) in lengths_with_a_target():
         assert before < 10 and abs(after - TARGET) < 1 and spread < 3, lengths_with_a_target()
+
+
+def _likes_length(rollouts):
+    good, plain = (
+        jnp.sum(jnp.where(rollouts.mask, rollouts.tokens == kind, False), axis=-1)
+        for kind in (0, 1)
+    )
+    return 0.1 * jnp.sum(rollouts.mask, axis=-1) + 0.3 * (good - plain)
+
+
+@functools.cache
+def lengths_under(intervention, coef=0.05):
+    """(mean length, share of good tokens) after training, of each seed."""
+    policy = Policy(_of_position("policy"), _of_position("value"), ends=(2,))
+    reward = intervention(device_reward("likes", _likes_length))
+    run = trainer(policy, ppo(kl_coef=coef), reward, Plan(prompts=1, per_step=32, steps=300))
+    many = Plan(prompts=1, per_step=1, samples=2048)
+
+    def one(key):
+        to_run, to_sample = jax.random.split(key)
+        start = {
+            "policy": jnp.tile(jnp.log(jnp.array([3.5, 3.5, 1.0])), (MOST, 1)),
+            "value": jnp.zeros(MOST),
+        }
+        after = run(None, start, reward.init(), {"policy": 5.0, "value": 5.0}, to_run).params
+        drawn = sample(policy, None, after, jnp.zeros(1, jnp.int32), to_sample, many)
+        good = jnp.sum(jnp.where(drawn.mask, drawn.tokens == 0, False))
+        words = jnp.sum(jnp.where(drawn.mask, drawn.tokens < 2, False))
+        return jnp.array([drawn.mask.sum(axis=-1).mean(), good / words])
+
+    return np.asarray(jax.jit(jax.vmap(one))(keys(SEEDS)))
+
+
+def _as_it_is(reward):
+    return reward
+
+
+def _penalised(reward):
+    return length_penalty(reward, tokens=20, coef=2.0)
+
+
+@pytest.mark.slow
+def test_a_length_penalty_makes_completions_shorter_and_no_worse():
+    plain, mended = lengths_under(_as_it_is), lengths_under(_penalised)
+    assert np.all(mended[:, 0] < 0.8 * plain[:, 0]), (plain, mended)
+    assert np.all(mended[:, 1] > plain[:, 1] - 0.01), (plain, mended)
+
+
+@pytest.mark.slow
+def test_scaling_makes_completions_shorter():
+    plain, scaled = lengths_under(_as_it_is), lengths_under(scale)
+    assert np.all(scaled[:, 0] < 0.9 * plain[:, 0]), (plain, scaled)

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rlhf_jax import averages, build, roles
+from rlhf_jax import averages, build, implicit_start, roles
 from rlhf_jax.models.lora import partition
 from rlhf_jax.models.transformer import decoder
 from rlhf_jax.ops.masking import fill_padding
@@ -18,6 +19,7 @@ from rlhf_jax.rewards.base import lend_base
 from rlhf_jax.rewards.other_tokens import translated
 from rlhf_jax.sampling.sampler import generate
 from rlhf_jax.training.experience import (
+    COMPILER_OPTIONS,
     compile_evaluate,
     compile_score,
     constrain_rows,
@@ -117,12 +119,13 @@ def start(plan: PolicyPlan) -> tuple[PolicyRun, RunState]:
         reference = roles.fill(models.reference, policy, key, mesh, rules)
     rewards = _rewards(plan, learned)
     train = create_state(models, params, plan.optimizers, plan.algorithm, mesh)
-    run = PolicyRun(plan, rewards, _compile(plan, rewards, train))
+    initial = {place: _initial(reward, mesh) for place, reward in rewards.items()}
+    run = PolicyRun(plan, rewards, _compile(plan, rewards, train, initial))
     names = ["prompts", *(f"extra/{name}" for name in plan.extra)]
     state = RunState(
         train=train,
         reference=reference,
-        rewards={place: _initial(reward) for place, reward in rewards.items()},
+        rewards=initial,
         controllers={},
         carry={},
         data_position={name: np.asarray(0, np.int32) for name in names},
@@ -143,8 +146,9 @@ def _reward_params(plan: PolicyPlan, policy: Params, base: Params) -> dict[str, 
         model = decoder(plan.described[f"reward/{label}"], plan.rules)
         folder = section.get("init_from", "")
         key = step_key(plan.config.seed, Purpose.INIT_REWARD, index)
-        averaged = section.get("average", ())
-        if not averaged and roles.adapters_on(folder, plan.config.model) is not None:
+        if implicit_start.on_policy_base(section, plan.config.model):
+            learned[label] = roles.fill_adapters(model, {}, key, *place)
+        elif implicit_start.adapters_of(section, plan.config.model) is not None:
             if folder not in adapters:
                 adapters[folder] = roles.load_adapters(folder, f"rewards.{label}", base, *place)
             learned[label] = roles.fill_adapters(model, adapters[folder], key, *place)
@@ -185,6 +189,9 @@ def _rewards(plan: PolicyPlan, learned: Mapping[str, Params]) -> dict[str, Rewar
         if label in learned:
             resources["model"] = decoder(plan.described[f"reward/{label}"], plan.rules)
             resources["params"] = learned[label]
+            if implicit_start.compares(section):
+                asked = (resources["model"], learned[label], plan.mesh, plan.rules)
+                resources |= implicit_start.resources(plan.config, label, *asked)
         made = build.reward(label, section, resources)
         if label in plan.writers:
             texts = dict(decode=plan.tokenizer.decode, records=plan.prompts.record)
@@ -193,13 +200,28 @@ def _rewards(plan: PolicyPlan, learned: Mapping[str, Params]) -> dict[str, Rewar
     return build.combined(members)
 
 
-def _initial(reward: Reward) -> Any:
-    """A reward's state at step 0; of an online one in buffers of its own, as updates donate it."""
+def _initial(reward: Reward, mesh: Mesh) -> Any:
+    """A reward's state at step 0; of an online one in buffers of its own, as updates donate it, and
+    laid out on the mesh, as they return it."""
     state = reward.init()
-    return jax.tree.map(jnp.copy, state) if reward.update else state
+    if reward.update is None:
+        return state
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def place(leaf):
+        own = leaf.sharding
+        on_mesh = isinstance(own, NamedSharding) and own.mesh == mesh
+        return jax.device_put(jnp.copy(leaf), own if on_mesh else everywhere)
+
+    return jax.tree.map(place, state)
 
 
-def _compile(plan: PolicyPlan, rewards: Mapping[str, Reward], train: TrainState) -> Steps:
+def _compile(
+    plan: PolicyPlan,
+    rewards: Mapping[str, Reward],
+    train: TrainState,
+    initial: Mapping[str, Any],
+) -> Steps:
     config, sizes, models, algorithm = plan.config, plan.sizes, plan.models, plan.algorithm
     temperature = config.rollout.sampling.temperature
     needs = algorithm.needs
@@ -245,6 +267,11 @@ def _compile(plan: PolicyPlan, rewards: Mapping[str, Reward], train: TrainState)
         temperature=temperature,
         group_size=sizes.samples,
     )
+
+    def update_rewards(state, base, rollouts, scores, key):
+        state, found = device.update(lend_base(state, base), rollouts, scores, key)
+        return lend_base(state, {}), {f"reward/{name}": mean for name, mean in found.items()}
+
     online = device is not None and device.update is not None
     return Steps(
         generate=jax.jit(sample),
@@ -254,7 +281,14 @@ def _compile(plan: PolicyPlan, rewards: Mapping[str, Reward], train: TrainState)
         update=compile_update(update, train, plan.mesh),
         select=jax.jit(select_groups) if select else None,
         refill=jax.jit(refill_groups) if select else None,
-        update_rewards=jax.jit(device.update, donate_argnums=0) if online else None,
+        update_rewards=jax.jit(
+            update_rewards,
+            donate_argnums=0,
+            out_shardings=(jax.tree.map(lambda x: x.sharding, initial["device"]), None),
+            compiler_options=COMPILER_OPTIONS,
+        )
+        if online
+        else None,
     )
 
 

@@ -1,6 +1,7 @@
 """Keys of configs that are about policy runs alone; see `rlhf_jax.sections`."""
 
-from typing import NotRequired, TypedDict
+from collections.abc import Mapping
+from typing import Any, NotRequired, TypedDict
 
 from rlhf_jax.schema import Count
 
@@ -38,3 +39,10 @@ class Axis(TypedDict):
     hold: NotRequired[str]  # prompts, samples or tokens
     tokens: NotRequired[Count]  # of max_tokens then, for hold="tokens"
     lr_scale: NotRequired[str]  # none, sqrt or linear
+
+
+class Implicit(TypedDict):
+    """Keys of a reward that compares a model with its reference; see `rlhf_jax.implicit_start`."""
+
+    reference: NotRequired[str]  # a folder, in place of what the model started from
+    optimizer: NotRequired[Mapping[str, Any]]  # of a model that learns beside the policy

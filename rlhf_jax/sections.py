@@ -11,7 +11,7 @@ from typing import Any, NotRequired, TypedDict, get_type_hints
 from ml_collections import ConfigDict
 
 from rlhf_jax.data.forms import check_form
-from rlhf_jax.policy_sections import Axis
+from rlhf_jax.policy_sections import Axis, Implicit
 from rlhf_jax.reward_sections import Card, EvaluateReward, Heads, RewardReport
 from rlhf_jax.schema import Count, Index, check_section, within
 
@@ -159,7 +159,7 @@ class TrainDpo(Training):
     log: Log
 
 
-class Wrappers(TypedDict):
+class Wrappers(Implicit):
     """The keys of a reward's section that do not go to its factory."""
 
     name: str

@@ -130,7 +130,7 @@ def iterate(run: PolicyRun, state: RunState, step: int) -> tuple[RunState, Itera
     if run.steps.update_rewards is not None:
         key = step_key(seed, Purpose.REWARD_UPDATE, step)
         device, reward_metrics = run.steps.update_rewards(
-            state.rewards["device"], rollouts, scores, key
+            state.rewards["device"], state.reference, rollouts, scores, key
         )
         state = run.advance(state, rewards={**state.rewards, "device": device})
         metrics = add(metrics, reward_metrics)

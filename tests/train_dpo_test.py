@@ -103,6 +103,14 @@ BAD = [
     (dict(model__score_heads=("outcome",)), "model.score_heads=.'outcome',.: DPO compares"),
     (dict(sources__pairs__head="outcome"), "sources.pairs.head='outcome', but a policy has no"),
     (dict(sources__pairs__kind="steps"), "sources.pairs.kind='steps'; this program takes pairs"),
+    (
+        dict(sources__pairs__kind="correctness", dpo__loss="ipo"),
+        "dpo.loss='ipo', but source pairs is of kind 'correctness'",
+    ),
+    (
+        dict(sources__pairs__kind="correctness", dpo__nll_coef=1.0),
+        "dpo.nll_coef=1.0 is of pairs, and no source is of kind 'pairs'",
+    ),
     (dict(sources__pairs__kind="texts"), "sources pairs hold texts alone; wanted one of kind"),
     (dict(sources__pairs__rows=6), "sources.pairs.rows=6 does not divide"),
     (dict(sources__pairs__chosen=("good",)), "sources.pairs: .*pairs.jsonl, line 1: .*good"),

@@ -48,6 +48,8 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "superhf": dict(),
     "best_of_n": dict(),
     "online_dpo": dict(),
+    # Of the quickstart's process model; an implicit one would be another reward than the others'.
+    "prime": dict(coef=1.0, **NEAR),
 }
 # Where PPO's learning rate goes too far: imitation collapses, and pairs pull without end.
 RATES: Mapping[str, float] = {"best_of_n": 3e-5, "online_dpo": 1e-4}

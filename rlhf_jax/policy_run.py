@@ -268,11 +268,6 @@ def _compile(
         group_size=sizes.samples,
     )
 
-    def update_rewards(state, base, rollouts, scores, key):
-        state, found = device.update(lend_base(state, base), rollouts, scores, key)
-        return lend_base(state, {}), {f"reward/{name}": mean for name, mean in found.items()}
-
-    online = device is not None and device.update is not None
     return Steps(
         generate=jax.jit(sample),
         score=device and compile_score(score),
@@ -281,14 +276,28 @@ def _compile(
         update=compile_update(update, train, plan.mesh),
         select=jax.jit(select_groups) if select else None,
         refill=jax.jit(refill_groups) if select else None,
-        update_rewards=jax.jit(
-            update_rewards,
-            donate_argnums=0,
-            out_shardings=(jax.tree.map(lambda x: x.sharding, initial["device"]), None),
-            compiler_options=COMPILER_OPTIONS,
-        )
-        if online
-        else None,
+        update_rewards=_reward_update(device, initial),
+    )
+
+
+def _reward_update(device: Reward | None, initial: Mapping[str, Any]) -> Callable | None:
+    """The step of the rewards on the devices that learn beside the policy; None where none does.
+
+    Their state is donated; the base that some are lent for a call is not.
+    """
+    if device is None or device.update is None:
+        return None
+
+    def update_rewards(state, base, rollouts, scores, key):
+        state, found = device.update(lend_base(state, base), rollouts, scores, key)
+        return lend_base(state, {}), {f"reward/{name}": mean for name, mean in found.items()}
+
+    born = jax.tree.map(lambda leaf: leaf.sharding, initial["device"])
+    return jax.jit(
+        update_rewards,
+        donate_argnums=0,
+        out_shardings=(born, None),
+        compiler_options=COMPILER_OPTIONS,
     )
 
 

@@ -43,7 +43,7 @@ class Steps(NamedTuple):
     update: Callable[..., Any]
     select: Callable[..., Any] | None
     refill: Callable[..., Any] | None
-    update_rewards: Callable[..., Any] | None
+    update_rewards: Callable[..., Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +120,9 @@ def start(plan: PolicyPlan) -> tuple[PolicyRun, RunState]:
     rewards = _rewards(plan, learned)
     train = create_state(models, params, plan.optimizers, plan.algorithm, mesh)
     initial = {place: _initial(reward, mesh) for place, reward in rewards.items()}
-    run = PolicyRun(plan, rewards, _compile(plan, rewards, train, initial))
+    learning = _reward_update(rewards.get("device"), initial)
+    steps = _compile(plan, rewards, train)._replace(update_rewards=learning)
+    run = PolicyRun(plan, rewards, steps)
     names = ["prompts", *(f"extra/{name}" for name in plan.extra)]
     state = RunState(
         train=train,
@@ -216,12 +218,7 @@ def _initial(reward: Reward, mesh: Mesh) -> Any:
     return jax.tree.map(place, state)
 
 
-def _compile(
-    plan: PolicyPlan,
-    rewards: Mapping[str, Reward],
-    train: TrainState,
-    initial: Mapping[str, Any],
-) -> Steps:
+def _compile(plan: PolicyPlan, rewards: Mapping[str, Reward], train: TrainState) -> Steps:
     config, sizes, models, algorithm = plan.config, plan.sizes, plan.models, plan.algorithm
     temperature = config.rollout.sampling.temperature
     needs = algorithm.needs
@@ -276,7 +273,6 @@ def _compile(
         update=compile_update(update, train, plan.mesh),
         select=jax.jit(select_groups) if select else None,
         refill=jax.jit(refill_groups) if select else None,
-        update_rewards=_reward_update(device, initial),
     )
 
 

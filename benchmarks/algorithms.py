@@ -49,6 +49,8 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "best_of_n": dict(),
     "expert_iteration": dict(reward="outcome", threshold=0.5, most=2),  # a probability above 1/2
     "online_dpo": dict(),
+    # Of the quickstart's process model; an implicit one would be another reward than the others'.
+    "prime": dict(coef=1.0, **NEAR),
 }
 # Where PPO's learning rate goes too far: imitation collapses, and pairs pull without end.
 RATES: Mapping[str, float] = {"best_of_n": 3e-5, "expert_iteration": 3e-5, "online_dpo": 1e-4}

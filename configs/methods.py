@@ -4,10 +4,10 @@
         --config=configs/methods.py:method=dapo,init_from=DIR,reward=DIR --workdir=runs/dapo
 
 ``init_from`` is a model to start from (empty: random weights of toy size), ``reward`` the folder of
-a reward model (empty: the exact checker of the embedded task alone). Papers train on hundreds of
-prompts a step; ``prompts`` is what this run has, 16 unless given, and all sizes besides K are small
-too: change `data`, `rollout` and `train` to yours. What a paper does not say is marked "ours";
-``vc_ppo`` and ``vapo`` are settings of the algorithm ``ppo``.
+a reward model, for prime of a run of train_dpo (empty: the exact checker of the embedded task
+alone). Papers train on hundreds of prompts a step; ``prompts`` is what this run has, 16 unless
+given, and all sizes besides K are small too: change `data`, `rollout` and `train` to yours. What a
+paper does not say is marked "ours"; ``vc_ppo`` and ``vapo`` are settings of the algorithm ``ppo``.
 The table in README says which paper; docs/results/algorithms.md what they do on one task.
 """
 
@@ -69,6 +69,12 @@ METHODS = {
     "expert_iteration": dict(
         algorithm=dict(reward="exact", threshold=0.5, most=4), samples=16, epochs=2, rate=2e-5
     ),
+    # Cui et al. 2025: an implicit reward (β 0.05, or the folder's) that learns from the checker's
+    # labels, prompts of an accuracy from 0.2 to 0.8; K, draws and both rates are ours.
+    "prime": dict(
+        algorithm=dict(coef=5.0, select=dict(how="range", reward="exact", low=0.2, high=0.8)),
+        samples=4, rate=1e-6, draws=4,
+    ),
     # Guo et al. 2024: 128 prompts, two samples each.
     "online_dpo": dict(algorithm=dict(beta=0.1), samples=2, temperature=0.9, rate=5e-7),
 }  # fmt: skip
@@ -83,6 +89,15 @@ def rewards(folder: str) -> dict:
     return dict(outcome=dict(name="outcome_model", weight=1.0, **learned), exact=exact)
 
 
+def implicit_rewards(folder: str) -> dict:
+    """The exact checker, and a model that learns from it; it starts as a run of train_dpo, which
+    the folder is, or (empty) as the policy."""
+    learner = dict(learning_rate=1e-6, schedule="constant", warmup=2, eps=1e-8)
+    implicit = dict(name="implicit_model", weight=1.0, init_from=folder)
+    implicit |= dict(label="exact", threshold=0.5, optimizer=learner)
+    return dict(exact=dict(name="exact_match", weight=1.0), implicit=implicit)
+
+
 def get_config(arg: str | None = None) -> ConfigDict:
     args = parse_arg(arg, method="ppo", init_from="", reward="", prompts=16, steps=100, seed=0)
     if args.method not in METHODS:
@@ -95,9 +110,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model = model if args.init_from else dict(name="tiny", **model)
     config.model.update(paper.get("adapters", {}))
     # PE-RLHF's critic is adapters on the policy's base.
-    from_reward = args.reward and args.method != "pe_reinforce"
+    from_reward = args.reward and args.method not in ("pe_reinforce", "prime")
     config.value.init_from = "outcome" if from_reward else "policy"
-    config.rewards = rewards(args.reward)
+    of_steps = args.method == "prime"
+    config.rewards = implicit_rewards(args.reward) if of_steps else rewards(args.reward)
     config.algorithm = dict(name=args.method) | paper["algorithm"]
     if args.method == "dr_grpo":  # the paper's 3000 is its budget of tokens; this is the run's
         config.algorithm.constant = config.rollout.max_tokens

@@ -49,7 +49,7 @@ KINDS = {"texts": texts, "pairs": pairs, "correctness": correctness, "steps": st
 _SOURCE = ("name", "split", "data_dir", "options")
 _RUN = ("kind", "weight", "rows", "head", "max_prompt", "tokenizer", "chat_template", "bos")
 # What a reward's factory gets if it names it among its parameters.
-RESOURCES = ("model", "params", "mesh", "decode", "records", "rows")
+RESOURCES = ("model", "params", "reference", "learner", "mesh", "decode", "records", "rows")
 # Keys of a reward's section that wrap the reward; all others go to its factory.
 _WRAPPERS = tuple(Wrappers.__annotations__)
 # Keys of the algorithm's section that wrap the algorithm; all others go to its function.
@@ -281,6 +281,9 @@ def check_reward(label: str, section: ConfigDict) -> None:
         raise ValueError(f"rewards.{label}.weight is missing; wanted a number, such as 1.0")
     wrappers = {k: v for k, v in section.to_dict().items() if k in _WRAPPERS}
     check_section(f"rewards.{label}", wrappers, Wrappers)
+    for key, wanted in (("reference", "reference"), ("optimizer", "learner")):
+        if key in section and wanted not in inspect.signature(factory).parameters:
+            raise ValueError(f"rewards.{label}.{key} is set, but {section.name} has no use for it")
     if section.get("clip", 0.0) < 0:
         raise ValueError(f"rewards.{label}.clip={section.clip}; wanted 0 (off) or a limit")
     if section.get("aggregate", ""):
@@ -325,15 +328,15 @@ def check_weights(rewards: ConfigDict) -> None:
 
 def check_process(algorithm: str, rewards: ConfigDict) -> None:
     """Raises a ValueError if no reward with a weight can judge steps, for an algorithm that wants
-    it. Of the shelf only `process_model` does, and not once it is aggregated."""
+    it. Of the shelf `process_model` and `implicit_model` do, and not once they are aggregated."""
     for section in rewards.values():
-        judges = section.name == "process_model" or "." in section.name
+        judges = section.name in ("process_model", "implicit_model") or "." in section.name
         if judges and section.get("weight", 1.0) and not section.get("aggregate", ""):
             return
     raise ValueError(
         f"{algorithm} with these keys trains on scores of steps, and none of rewards "
-        f"{', '.join(rewards)} gives them; add a process_model with a weight and without "
-        "aggregate, or leave credit='steps' out"
+        f"{', '.join(rewards)} gives them; add a process_model or an implicit_model with a weight "
+        "and without aggregate, or leave credit='steps' out"
     )
 
 

@@ -51,7 +51,8 @@ Conclude = Callable[[pathlib.Path, RunState, Mapping[str, float | None]], None]
 
 
 class Fit(NamedTuple):
-    """The static side of a supervised run. ``direct``: pairs train a policy beside its start."""
+    """The static side of a supervised run. ``direct``: pairs and labels train a policy beside
+    its start."""
 
     config: ConfigDict
     role: str

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 from numpy import ndarray
 
-from rlhf_jax import averages, build, roles
+from rlhf_jax import averages, build, implicit_start, roles
 from rlhf_jax.judge import Judge, make_judge, total
 from rlhf_jax.mesh import ShardingRules
 from rlhf_jax.models.config import ModelConfig
@@ -70,8 +70,8 @@ def make_learned(label: str, config: ConfigDict) -> Callable[[PolicySampler], Ju
 
     def judge_of(sampler: PolicySampler) -> Judge:
         if not made:
-            made["params"] = _load(plan)
-        reward = _reward(plan, made["params"], sampler)
+            made["loaded"] = _load(plan)
+        reward = _reward(plan, made["loaded"], sampler)
         score = compile_score(reward.score) if reward.where == "device" else reward.score
 
         def judge(rollouts: Rollouts) -> Float[ndarray, " B"]:
@@ -106,26 +106,34 @@ def _plan(label: str, config: ConfigDict, changes: dict[str, Any]) -> _Plan:
     roles.check_heads(path, folder, changes["score_heads"])
     roles.check_start(path, folder)
     averages.check(path, section)
+    if implicit_start.compares(section):
+        implicit_start.check_frozen(path, section, described, translated=label in own)
     theirs = {label: own[label]} if label in own else {}
     writer = writers(config, theirs, {label: described.vocab_size}).get(label)
     return _Plan(config, label, _weighed(section), mesh, rules, described, writer)
 
 
-def _load(plan: _Plan) -> Any:
-    """The parameters, sharded."""
+def _load(plan: _Plan) -> dict[str, Any]:
+    """The parameters, sharded, and what else of a folder the reward's factory gets."""
     model, place = decoder(plan.described, plan.rules), (plan.mesh, plan.rules)
     with jax.set_mesh(plan.mesh):
         folders = averages.folders_of(plan.section)
         known = averages.load(folders, *place, dtype=plan.described.param_dtype)
         key = step_key(plan.config.seed, Purpose.INIT_REWARD, 0)
-        return roles.fill(model, known, key, *place)
+        params = roles.fill(model, known, key, *place)
+        resources = {"params": params}
+        if implicit_start.compares(plan.section):
+            asked = (plan.section, plan.described, params, *place)
+            resources |= implicit_start.trained_beta(plan.section)
+            resources["reference"] = implicit_start.load_reference(*asked)
+        return resources
 
 
-def _reward(plan: _Plan, params: Any, sampler: PolicySampler) -> Reward:
+def _reward(plan: _Plan, loaded: dict[str, Any], sampler: PolicySampler) -> Reward:
     """The reward with its wrappers, reading the samples of ``sampler``."""
     texts = dict(decode=sampler.text.decode, records=sampler.record)
     model = decoder(plan.described, plan.rules)
-    resources = dict(rows=None, mesh=plan.mesh, model=model, params=params, **texts)
+    resources = dict(rows=None, mesh=plan.mesh, model=model, **loaded, **texts)
     made = build.reward(plan.label, plan.section, resources)
     return made if plan.writer is None else translated(made, plan.writer, **texts)
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rlhf_jax import averages, build, roles
+from rlhf_jax import averages, build, implicit_start, roles
 from rlhf_jax.controls import Controls, make_controls
 from rlhf_jax.data.examples import ExampleSource
 from rlhf_jax.data.prompts import PromptSource
@@ -204,6 +204,7 @@ def check_starts(config: ConfigDict, described: Mapping[str, ModelConfig]) -> No
         if f"reward/{label}" in described:
             roles.check_start(f"rewards.{label}", section.get("init_from", ""))
             averages.check_starts(f"rewards.{label}", section)
+            implicit_start.check_starts(f"rewards.{label}", section)
     if "value" in described and config.value.init_from not in ("policy", *config.rewards):
         roles.check_start("value", config.value.init_from)
 
@@ -231,8 +232,9 @@ def describe_models(
         if changes is not None:
             start = section.get("init_from", "")
             averages.check_average(f"rewards.{label}", section)
-            # The mean of adapters is taken of what they are merged into.
-            adapters = None if section.get("average") else roles.adapters_on(start, config.model)
+            adapters = implicit_start.adapters_of(section, config.model)
+            if implicit_start.on_policy_base(section, config.model):
+                adapters = policy
             changes = changes | {"lora_rank": 0} | roles.ensemble_of(start)
             if section.name == "ensemble" and "members" not in changes:
                 raise ValueError(
@@ -244,6 +246,9 @@ def describe_models(
             size = own[label].vocab_size if label in own else vocab_size
             described[f"reward/{label}"] = _start(f"rewards.{label}", start, policy, size, changes)
             roles.check_heads(f"rewards.{label}", start, changes["score_heads"])
+            if implicit_start.compares(section):
+                model = described[f"reward/{label}"]
+                implicit_start.check(config, label, model, translated=label in own)
     if algorithm.needs.value and "value" not in policy.score_heads:
         described["value"] = _describe_value(config, vocab_size, described, own)
     return described

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rlhf_jax import averages, build, controls, roles
+from rlhf_jax import averages, build, controls, implicit_start, roles
 from rlhf_jax.models.lora import partition
 from rlhf_jax.models.transformer import decoder
 from rlhf_jax.ops.masking import fill_padding
@@ -21,6 +22,7 @@ from rlhf_jax.rewards.other_tokens import translated
 from rlhf_jax.sampling.sampler import generate
 from rlhf_jax.training.critic import make_critic_step
 from rlhf_jax.training.experience import (
+    COMPILER_OPTIONS,
     compile_evaluate,
     compile_score,
     constrain_rows,
@@ -53,10 +55,10 @@ class Steps(NamedTuple):
     update: Callable[..., Any]
     select: Callable[..., Any] | None
     refill: Callable[..., Any] | None
-    update_rewards: Callable[..., Any] | None
     update_critic: Callable[..., Any] | None
     adapt_kl_coef: Callable[..., Any] | None
     move_reference: Callable[..., Any] | None
+    update_rewards: Callable[..., Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,12 +156,15 @@ def start(plan: PolicyPlan) -> tuple[PolicyRun, RunState]:
         reference = roles.fill(models.reference, policy, key, mesh, rules)
     rewards = _rewards(plan, learned)
     train = create_state(models, params, plan.optimizers, plan.algorithm, mesh)
-    run = PolicyRun(plan, rewards, _compile(plan, rewards, train, reference))
+    initial = {place: _initial(reward, mesh) for place, reward in rewards.items()}
+    learning = _reward_update(rewards.get("device"), initial)
+    steps = _compile(plan, rewards, train, reference)._replace(update_rewards=learning)
+    run = PolicyRun(plan, rewards, steps)
     names = ["prompts", *(f"extra/{name}" for name in plan.extra)]
     state = RunState(
         train=train,
         reference=reference,
-        rewards={place: _initial(reward) for place, reward in rewards.items()},
+        rewards=initial,
         controllers=controls.initial(plan.controls, mesh),
         carry={},
         data_position={name: np.asarray(0, np.int32) for name in names},
@@ -180,8 +185,9 @@ def _reward_params(plan: PolicyPlan, policy: Params, base: Params) -> dict[str, 
         model = decoder(plan.described[f"reward/{label}"], plan.rules)
         folder = section.get("init_from", "")
         key = step_key(plan.config.seed, Purpose.INIT_REWARD, index)
-        averaged = section.get("average", ())
-        if not averaged and roles.adapters_on(folder, plan.config.model) is not None:
+        if implicit_start.on_policy_base(section, plan.config.model):
+            learned[label] = roles.fill_adapters(model, {}, key, *place)
+        elif implicit_start.adapters_of(section, plan.config.model) is not None:
             if folder not in adapters:
                 adapters[folder] = roles.load_adapters(folder, f"rewards.{label}", base, *place)
             learned[label] = roles.fill_adapters(model, adapters[folder], key, *place)
@@ -224,6 +230,9 @@ def _rewards(plan: PolicyPlan, learned: Mapping[str, Params]) -> dict[str, Rewar
         if label in learned:
             resources["model"] = decoder(plan.described[f"reward/{label}"], plan.rules)
             resources["params"] = learned[label]
+            if implicit_start.compares(section):
+                asked = (resources["model"], learned[label], plan.mesh, plan.rules)
+                resources |= implicit_start.resources(plan.config, label, *asked)
         made = build.reward(label, section, resources)
         if label in plan.writers:
             texts = dict(decode=plan.tokenizer.decode, records=plan.prompts.record)
@@ -244,10 +253,20 @@ def _references(plan: PolicyPlan, label: str) -> dict[str, Any]:
     return {"references": asks, "num_records": answers.records}
 
 
-def _initial(reward: Reward) -> Any:
-    """A reward's state at step 0; of an online one in buffers of its own, as updates donate it."""
+def _initial(reward: Reward, mesh: Mesh) -> Any:
+    """A reward's state at step 0; of an online one in buffers of its own, as updates donate it, and
+    laid out on the mesh, as they return it."""
     state = reward.init()
-    return jax.tree.map(jnp.copy, state) if reward.update else state
+    if reward.update is None:
+        return state
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def place(leaf):
+        own = leaf.sharding
+        on_mesh = isinstance(own, NamedSharding) and own.mesh == mesh
+        return jax.device_put(jnp.copy(leaf), own if on_mesh else everywhere)
+
+    return jax.tree.map(place, state)
 
 
 def _compile(
@@ -295,7 +314,6 @@ def _compile(
     if plan.pretraining.steps:
         alone = make_critic_step(models, plan.pretraining.algorithm, plan.optimizers, **given)
         critic = compile_update(alone, train, plan.mesh)
-    online = device is not None and device.update is not None
     return Steps(
         generate=jax.jit(sample),
         score=device and compile_score(score),
@@ -304,10 +322,30 @@ def _compile(
         update=compile_update(update, train, plan.mesh),
         select=jax.jit(select_groups) if select else None,
         refill=jax.jit(refill_groups) if select else None,
-        update_rewards=jax.jit(device.update, donate_argnums=0) if online else None,
         update_critic=critic,
         adapt_kl_coef=controls.compile_kl_coef(plan.controls.kl_coef, plan.mesh),
         move_reference=controls.compile_reference(plan.controls.reference, reference),
+    )
+
+
+def _reward_update(device: Reward | None, initial: Mapping[str, Any]) -> Callable | None:
+    """The step of the rewards on the devices that learn beside the policy; None where none does.
+
+    Their state is donated; the base that some are lent for a call is not.
+    """
+    if device is None or device.update is None:
+        return None
+
+    def update_rewards(state, base, rollouts, scores, key):
+        state, found = device.update(lend_base(state, base), rollouts, scores, key)
+        return lend_base(state, {}), {f"reward/{name}": mean for name, mean in found.items()}
+
+    born = jax.tree.map(lambda leaf: leaf.sharding, initial["device"])
+    return jax.jit(
+        update_rewards,
+        donate_argnums=0,
+        out_shardings=(born, None),
+        compiler_options=COMPILER_OPTIONS,
     )
 
 

@@ -1,6 +1,7 @@
 """Keys of configs that are about policy runs alone; see `rlhf_jax.sections`."""
 
-from typing import NotRequired, TypedDict
+from collections.abc import Mapping
+from typing import Any, NotRequired, TypedDict
 
 from rlhf_jax.schema import Count
 
@@ -151,3 +152,10 @@ class Monitor(TypedDict):
     freeze: NotRequired[bool]  # the learning rate, at an alarm
     refusals: NotRequired[tuple[str, ...]]  # texts of which a refusal holds one
     alarms: NotRequired[Alarms]
+
+
+class Implicit(TypedDict):
+    """Keys of a reward that compares a model with its reference; see `rlhf_jax.implicit_start`."""
+
+    reference: NotRequired[str]  # a folder, in place of what the model started from
+    optimizer: NotRequired[Mapping[str, Any]]  # of a model that learns beside the policy

@@ -11,7 +11,15 @@ from typing import Any, NotRequired, TypedDict, get_type_hints
 from ml_collections import ConfigDict
 
 from rlhf_jax.data.forms import check_form
-from rlhf_jax.policy_sections import Axis, Controllers, Monitor, Selection, Shaping, Value
+from rlhf_jax.policy_sections import (
+    Axis,
+    Controllers,
+    Implicit,
+    Monitor,
+    Selection,
+    Shaping,
+    Value,
+)
 from rlhf_jax.reward_sections import Card, EvaluateReward, Heads, RewardReport
 from rlhf_jax.schema import Count, Index, check_section, within
 
@@ -159,7 +167,7 @@ class TrainDpo(Training):
     log: Log
 
 
-class Wrappers(Shaping):
+class Wrappers(Shaping, Implicit):
     """The keys of a reward's section that do not go to its factory."""
 
     name: str

@@ -8,16 +8,19 @@ there is one copy of the model. ``dpo`` says which loss: `rlhf_jax.ops.direct_pr
 table. Sources of kind "texts" may stand beside the pairs and train as in `train_sft`.
 
 The run's folder holds a policy like any other: it is evaluated, sampled from, exported and trained
-further by the same programs.
+further by the same programs. It is a reward model, too: what it says of each token beside its
+reference is a process reward (`rlhf_jax.rewards.implicit_model`). Sources of kind "correctness"
+train one from answers that are right or wrong, with the loss "sigmoid": the binary cross-entropy
+of the reward of a whole answer.
 """
 
 from ml_collections import ConfigDict
 
 from rlhf_jax import build, fit, program
-from rlhf_jax.ops.direct_preference import direct_preference
+from rlhf_jax.ops.direct_preference import DirectPreference, direct_preference
 from rlhf_jax.types import RunState
 
-KINDS = ("pairs", "texts")
+KINDS = ("pairs", "correctness", "texts")
 
 
 def check(config: ConfigDict) -> fit.Fit:
@@ -33,12 +36,31 @@ def check(config: ConfigDict) -> fit.Fit:
         for label, head in fit.own_heads(sections).items():
             raise ValueError(f"{part}.{label}.head={head!r}, but a policy has no scoring heads")
     planned = fit.check(config, "policy", KINDS, lm_head=True)
-    if all(section.kind != "pairs" for section in config.sources.values()):
+    if all(section.kind == "texts" for section in config.sources.values()):
         raise ValueError(
-            f"sources {', '.join(config.sources)} hold texts alone; wanted one of kind 'pairs', or "
-            "the program train_sft"
+            f"sources {', '.join(config.sources)} hold texts alone; wanted one of kind 'pairs' or "
+            "'correctness', or the program train_sft"
         )
+    check_labels(config, direct)
     return planned._replace(direct=direct)
+
+
+def check_labels(config: ConfigDict, direct: DirectPreference) -> None:
+    """Raises a ValueError for a loss that sources of kind "correctness" do not have."""
+    everywhere = {**config.sources, **config.eval.sources}
+    labelled = [label for label, section in everywhere.items() if section.kind == "correctness"]
+    if labelled and direct.loss != "sigmoid":
+        raise ValueError(
+            f"dpo.loss={direct.loss!r}, but source {labelled[0]} is of kind 'correctness', whose "
+            "loss is the cross-entropy of the summed reward; set it to 'sigmoid'"
+        )
+    pairs = any(section.kind == "pairs" for section in config.sources.values())
+    for name in ("length_coef", "nll_coef"):
+        if getattr(direct, name) and not pairs:
+            raise ValueError(
+                f"dpo.{name}={getattr(direct, name)} is of pairs, and no source is of kind "
+                "'pairs'; leave it out"
+            )
 
 
 def train_dpo(config: ConfigDict, workdir: str) -> RunState:

@@ -147,7 +147,7 @@ def learn(
     if run.steps.update_rewards is not None:
         key = step_key(seed, Purpose.REWARD_UPDATE, step)
         device, found = run.steps.update_rewards(
-            state.rewards["device"], experience.rollouts, experience.scores, key
+            state.rewards["device"], state.reference, experience.rollouts, experience.scores, key
         )
         state = run.advance(state, rewards={**state.rewards, "device": device})
         metrics = add(metrics, found)

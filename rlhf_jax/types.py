@@ -289,6 +289,19 @@ class Algorithm(NamedTuple):
     kl_coef: KlCoef | None = None
 
 
+class Learner(NamedTuple):
+    """How a reward that learns beside the policy takes one step of its optimizer.
+
+    init(params) -> state of the optimizer, laid out like the parameters
+    step(params, state, forward, loss, chunks) -> (params, state, metrics)
+        forward(params, chunk) -> output; loss(output, chunk) -> (dict[str, Term], metrics)
+        chunks: leaves [chunks, rows, ...], one forward pass each
+    """
+
+    init: Callable[[Params], Any]
+    step: Callable[..., tuple[Params, Any, Metrics]]
+
+
 class Reward(NamedTuple):
     """A reward is one callable, and a weighted sum of rewards is again a reward.
 

@@ -70,7 +70,7 @@ def test_so_is_what_judges_samples_and_what_is_measured(runs):
     config = policy_config(runs, runs["b"])
     config.rewards.judge = config.rewards.judge.to_dict()
     plan = learned_judge._plan("judge", config, dict(lm_head=False, score_heads=("outcome",)))
-    close(learned_judge._load(plan), mean_of(runs))
+    close(learned_judge._load(plan)["params"], mean_of(runs))
     config = ConfigDict(
         dict(reward=dict(init_from=runs["a"], average=(runs["b"],)), data=dict(tokenizer=""))
     )

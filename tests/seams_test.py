@@ -5,6 +5,7 @@ task is to write one token, whose share among the sampled tokens is the reward; 
 """
 
 import json
+import math
 import pathlib
 
 import jax
@@ -111,12 +112,17 @@ def test_dynamic_sampling_refills_groups(tmp_path, monkeypatch):
 
 def test_an_online_reward_learns_beside_the_policy(tmp_path, monkeypatch):
     likes = dict(name="tests.toys.likes", weight=1.0, token=TOKEN)
-    implicit = dict(name="tests.toys.implicit", weight=0.1, init_from="")
-    config = toy_config(dict(name="tests.toys.prime"), likes=likes, implicit=implicit)
-    rows, _ = run(config, tmp_path, monkeypatch)
+    steps = dict(learning_rate=5e-3, eps=1e-5)
+    implicit = dict(name="implicit_model", weight=1.0, label="likes", threshold=0.1)
+    implicit["optimizer"] = steps
+    config = toy_config(dict(name="prime", coef=0.5), likes=likes, implicit=implicit)
+    rows, state = run(config, tmp_path, monkeypatch)
     assert_learnt(rows)
-    losses = [row["implicit/reward/implicit_loss"] for row in rows]
-    assert losses[-1] < losses[0]
+    assert rows[0]["reward/implicit"] == 0.0  # it starts as its own reference
+    losses = [row["reward/implicit/loss"] for row in rows]
+    assert losses[0] == pytest.approx(math.log(2), rel=1e-5) and losses[-1] < 0.6
+    learner = state.rewards["device"]["implicit"]
+    assert learner.keys() == {"params", "reference", "optimizer"}
 
 
 def test_rehearsal_rows_train_beside_the_policy(tmp_path, monkeypatch):

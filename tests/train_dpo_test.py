@@ -16,6 +16,11 @@ from tests import compiling
 from tests.bad_input_test import jsonl, made_once, put, refused, trained_run  # noqa: F401
 from tests.roles_test import RULES
 
+LABELLED = [
+    dict(prompt=f"{i}+1=", completion=str(i + right), label=right)
+    for i in range(4)
+    for right in (0, 1)
+]
 PAIRS = [dict(prompt=f"{i}+1=", chosen=str(i + 1), rejected=str(i)) for i in range(8)]
 
 
@@ -58,7 +63,12 @@ def same(one, other):
 
 
 def test_a_run_learns_stops_and_goes_on_as_if_it_had_not(trained, data, tmp_path):
+    """On pairs, and on answers that are right or wrong."""
     config = config_of(trained, data)
+    labels = dict(config.sources.pairs, kind="correctness")
+    labels["name"] = jsonl(tmp_path / "labelled.jsonl", *LABELLED)
+    config.sources.labels = labels
+    config.eval.sources.labels = {k: v for k, v in labels.items() if k != "weight"}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     with compiling.shared_programs(tmp_path / "programs"):
         last = train_dpo.train_dpo(config, str(whole))
@@ -70,7 +80,10 @@ def test_a_run_learns_stops_and_goes_on_as_if_it_had_not(trained, data, tmp_path
     assert lines(whole)[2:] == lines(parts)[-2:]
     start = np.log(np.float32(2))
     assert np.float32(lines(whole)[0]["loss/pairs"]) == start
+    assert np.float32(lines(whole)[0]["loss/labels"]) == start
     final = lines(whole)[-1]
+    assert final["eval/loss/labels"] < start
+    assert final["eval/labels/reward_right"] > final["eval/labels/reward_wrong"]
     assert final["eval/loss/held_out"] < start and final["eval/held_out/reward_margin"] > 0
 
     mesh = make_mesh({"data": -1})
@@ -103,6 +116,14 @@ BAD = [
     (dict(model__score_heads=("outcome",)), "model.score_heads=.'outcome',.: DPO compares"),
     (dict(sources__pairs__head="outcome"), "sources.pairs.head='outcome', but a policy has no"),
     (dict(sources__pairs__kind="steps"), "sources.pairs.kind='steps'; this program takes pairs"),
+    (
+        dict(sources__pairs__kind="correctness", dpo__loss="ipo"),
+        "dpo.loss='ipo', but source pairs is of kind 'correctness'",
+    ),
+    (
+        dict(sources__pairs__kind="correctness", dpo__nll_coef=1.0),
+        "dpo.nll_coef=1.0 is of pairs, and no source is of kind 'pairs'",
+    ),
     (dict(sources__pairs__kind="texts"), "sources pairs hold texts alone; wanted one of kind"),
     (dict(sources__pairs__rows=6), "sources.pairs.rows=6 does not divide"),
     (dict(sources__pairs__chosen=("good",)), "sources.pairs: .*pairs.jsonl, line 1: .*good"),

@@ -25,6 +25,10 @@ labels (Mitchell 2023, https://ericmitchell.ai/cdpo.pdf).
 IPO's equation has whole answers; its authors recommend the mean over tokens since
 (https://huggingface.co/blog/pref-tuning), so that 1/(2β) asks the same of short and long answers.
 
+A single answer that is right with probability z trains the same reward by
+−[z log σ(r) + (1 − z) log σ(−r)], r = β Δ(y) with Δ a sum (Yuan et al. 2024,
+https://arxiv.org/abs/2412.01981): `implicit_correctness`.
+
 α > 0 takes length out of the preference (R-DPO, Park et al. 2024,
 https://arxiv.org/abs/2403.19159): a policy that pays α for each token stands for the reward
 β Δ + α |y|. Where the better answer is the longer one, its length explains a part of that, and the
@@ -38,6 +42,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
 from rlhf_jax.ops.masking import masked_count, masked_mean, masked_sum
+from rlhf_jax.ops.preference import correctness
 from rlhf_jax.types import Array
 
 LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo")
@@ -151,6 +156,19 @@ def answer_nll(
 def implicit_reward(values: DirectPreference, one: Answers) -> Float[Array, " M"]:
     """β Δ(y), with the Δ of the loss: sum or mean."""
     return values.beta * one.change
+
+
+def implicit_correctness(
+    values: DirectPreference, one: Answers, *, label: Float[Array, " M"]
+) -> Float[Array, " M"]:
+    """−[z log σ(r) + (1 − z) log σ(−r)] with r = β Δ(y),  z ← (1 − ε) z + ε (1 − z). In nats.
+
+    The outcome model whose score is a log-ratio: every prefix of it has a score too, so what each
+    token adds, β (log π − log π_ref), is a process reward that no step label taught. A policy that
+    is its reference has log 2. Yuan et al. 2024, https://arxiv.org/abs/2412.01981.
+    """
+    z = (1 - values.label_smoothing) * label + values.label_smoothing * (1 - label)
+    return correctness(implicit_reward(values, one), z)
 
 
 def _penalty(values: DirectPreference, x: Float[Array, " M"]) -> Float[Array, " M"]:

@@ -1,4 +1,4 @@
-"""Pairs that train a policy without a reward model: its answers beside those of its reference.
+"""Pairs and labels that train a policy without a reward model: it beside its reference.
 
 The reference is the frozen model that the policy started from. Its log-probs are computed in the
 step that needs them, on the same rows in the same chunks: nothing to precompute, keep or restore,
@@ -22,12 +22,13 @@ from rlhf_jax.ops.direct_preference import (
     answer_nll,
     answers,
     direct_loss,
+    implicit_correctness,
     implicit_reward,
 )
 from rlhf_jax.ops.masking import mean_of
 from rlhf_jax.ops.reward_metrics import pair_correct
 from rlhf_jax.pytree import pytree
-from rlhf_jax.types import Array, Mean, Metrics, Pairs, Params, Texts
+from rlhf_jax.types import Array, Labelled, Mean, Metrics, Pairs, Params, Texts
 
 REFERENCE = "reference"  # the tree of the reference in what a step gets as frozen
 
@@ -96,4 +97,32 @@ def direct_means(
         "reward_margin": mean_of(rewards[0] - rewards[1], present),
         "logprob_chosen": mean_of(chosen.logprob, present),
         "logprob_rejected": mean_of(rejected.logprob, present),
+    }
+
+
+def labelled_means(
+    values: DirectPreference,
+    output: Compared,
+    rows: Labelled,
+    present: Bool[Array, " M"],
+) -> tuple[dict[str, Mean], Metrics]:
+    """(losses, metrics) of answers that are right or wrong, as means by name.
+
+    Args:
+        present: the answers that count.
+    """
+    both = answers(values, output.logprobs, output.reference, counted_tokens(rows.texts))
+    loss = implicit_correctness(values, both, label=rows.label)
+    reward = implicit_reward(values, both)
+    right = present & (rows.label > 0.5)
+    wrong = present & (rows.label <= 0.5)
+    agrees = (reward > 0) == (rows.label > 0.5)
+    return {"loss": mean_of(loss, present)}, {
+        "accuracy": mean_of(agrees, present),
+        "accuracy_right": mean_of(agrees, right),
+        "accuracy_wrong": mean_of(agrees, wrong),
+        "reward_right": mean_of(reward, right),
+        "reward_wrong": mean_of(reward, wrong),
+        "logprob_right": mean_of(both.logprob, right),
+        "logprob_wrong": mean_of(both.logprob, wrong),
     }

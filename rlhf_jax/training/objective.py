@@ -25,7 +25,13 @@ from rlhf_jax.ops.masking import last_true, masked_sum, mean_of
 from rlhf_jax.ops.odin import Odin
 from rlhf_jax.ops.reward_metrics import pair_correct
 from rlhf_jax.training import advantage, odin
-from rlhf_jax.training.direct import REFERENCE, compare, counted_tokens, direct_means
+from rlhf_jax.training.direct import (
+    REFERENCE,
+    compare,
+    counted_tokens,
+    direct_means,
+    labelled_means,
+)
 from rlhf_jax.training.experience import constrain_rows
 from rlhf_jax.types import Array, Labelled, Metrics, Mixture, Pairs, Steps, Term, Texts
 
@@ -34,7 +40,7 @@ Losses = tuple[dict[str, Term], Metrics]
 
 class Objective(NamedTuple):
     """What a mixture is trained towards. ``own_rows``: each member of an ensemble has its own.
-    ``direct``: pairs train the LM head beside a frozen reference, and no scalar head."""
+    ``direct``: pairs and labels train the LM head beside a frozen reference, and no scalar head."""
 
     model: Model
     sources: Mapping[str, float]
@@ -76,7 +82,7 @@ def forward(objective, frozen, params, mixture):
     outputs = {}
     for name, rows in mixture.items():
         with jax.named_scope(name):
-            if objective.direct and isinstance(rows, Pairs):
+            if objective.direct and isinstance(rows, Pairs | Labelled):
                 texts, reference = _texts(rows), frozen[REFERENCE]
                 outputs[name] = compare(objective.model, *trees, reference, texts)
             elif isinstance(objective.joint, Odin) and isinstance(rows, Pairs):
@@ -209,6 +215,8 @@ def _source_means(objective, name, output, rows, sampled):
             return direct_means(objective.direct, output, _texts(rows), rows, present)
         case Pairs():
             return _pair_means(head_of(output, head), rows)
+        case Labelled() if objective.direct:
+            return labelled_means(objective.direct, output, rows, present_rows(rows.texts))
         case Labelled():
             return _labelled_means(head_of(output, head), rows)
         case Steps():

@@ -9,7 +9,8 @@ One step minimises a weighted mixture of sources, each normalised by what it its
     Steps     mean over solutions of the mean cross-entropy at their step ends
 
 With `direct` (`rlhf_jax.ops.direct_preference`) pairs train a policy without scores: d is then made
-of its log-probs and those of its reference, and the table there says what the loss is of it.
+of its log-probs and those of its reference, and the table there says what the loss is of it. Labels
+do as well: r is then β log π/π_ref of the text.
 
 r is the outcome head at a text's last token, and at step ends the process head. So a batch with
 few labelled steps does not drown them, and doubling the rows of one source leaves the others'
@@ -119,8 +120,8 @@ def make_supervised_step(
             `label_tables`, ``<source>/label_moved`` is how far labels are from those given, and
             ``/accuracy`` in training is that on the labels of now.
         heads: the head of a source by name, in place of the two above.
-        direct: pairs train the LM head by this loss, beside ``frozen["reference"]``, the whole tree
-            of the model without adapters; they have no scores and need no scalar head.
+        direct: pairs and labels train the LM head by this loss, beside ``frozen["reference"]``, the
+            whole tree of the model without adapters; they have no scores and need no scalar head.
         joint: heads that train together: an advantage model (`rlhf_jax.ops.advantage`), for which
             texts are sampled answers, or ODIN (`rlhf_jax.ops.odin`), which trains on pairs alone.
 
@@ -171,7 +172,9 @@ def make_supervised_evaluate(
 
     With `direct` Pairs give ``/accuracy`` (how often the better answer has the higher implicit
     reward β log π/π_ref), ``/reward_chosen``, ``/reward_rejected``, ``/reward_margin`` (their
-    difference), and ``/logprob_chosen`` and ``/logprob_rejected`` of whole answers, in nats.
+    difference), and ``/logprob_chosen`` and ``/logprob_rejected`` of whole answers, in nats;
+    Labelled the three accuracies of "implicit reward > 0", and ``/reward_right``,
+    ``/reward_wrong``, ``/logprob_right`` and ``/logprob_wrong``.
 
     With `joint` Pairs of an advantage model also give ``/expected``, the mean of e(x), and sampled
     texts that and ``/score``; its ``/score_...`` are r. Those of ODIN give ``/accuracy`` and scores

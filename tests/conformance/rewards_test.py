@@ -27,6 +27,10 @@ PARAMS = MODEL.init(jax.random.key(0))
 MEMBERS_CONFIG = dataclasses.replace(CONFIG, members=3, ensemble="linear")
 MEMBERS_MODEL = decoder(MEMBERS_CONFIG)
 MEMBERS_PARAMS = MEMBERS_MODEL.init(jax.random.key(0))
+# Logits are made without the table of embeddings, so that a row of it may hold NaN.
+LM_CONFIG = dataclasses.replace(CONFIG, lm_head=True, score_heads=(), tie_embeddings=False)
+LM_MODEL = decoder(LM_CONFIG)
+LM_PARAMS, LM_START = (LM_MODEL.init(jax.random.key(seed)) for seed in (0, 1))
 NUMBERS = [3, 5, 7, 11]
 # What the graders read of a record; all of them call the first answer of a group right.
 RECORDS = [
@@ -49,6 +53,7 @@ RESOURCES = {
     "allow": True,
     "isolation": "hook" if namespaces_work() else "namespaces",
 }
+LM_MEMBERS = ("implicit_model",)  # those that read log-probs
 # Where a member reads another field than most, or has keys without a default.
 FIELDS = {"choice": {"answer": "letter"}, "overlong": {"limit": 30, "buffer": 20}}
 
@@ -59,6 +64,8 @@ def made(name, **changes):
     resources = {**RESOURCES, "mesh": make_mesh({"data": 2}, jax.devices()[:2])}
     if name == "ensemble":
         resources |= {"model": MEMBERS_MODEL, "params": MEMBERS_PARAMS}
+    if name in LM_MEMBERS:
+        resources |= {"model": LM_MODEL, "params": LM_PARAMS, "reference": LM_START}
     resources |= changes
     wanted = inspect.signature(factory).parameters
     given = {k: v for k, v in resources.items() if k in wanted}
@@ -94,7 +101,7 @@ def assert_same(a, b):
 
 
 def test_the_shelf_has_the_members_of_this_step():
-    learned = {"advantage_model", "ensemble", "outcome_model", "process_model"}
+    learned = {"advantage_model", "ensemble", "implicit_model", "outcome_model", "process_model"}
     assert {"exact_match", "keywords", "length", *learned} <= set(MEMBERS)
 
 
@@ -127,6 +134,7 @@ def test_padding_says_nothing(name):
         step_ends=rollouts.step_ends | ~mask,
     )
     params = MEMBERS_PARAMS if name == "ensemble" else PARAMS
+    params = LM_PARAMS if name in LM_MEMBERS else params
     table = params["embed"]["table"].at[TOKENIZER.pad_id].set(jnp.nan)
     poisoned = {**params, "embed": {**params["embed"], "table": table}}
     (clean, score), dirty = usual(name), made(name, params=poisoned)

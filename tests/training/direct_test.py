@@ -20,7 +20,7 @@ from rlhf_jax.training.supervised import (
     make_supervised_step,
 )
 from rlhf_jax.training.update import compile_update
-from tests.training.supervised_test import blank, pairs, stack
+from tests.training.supervised_test import answers, blank, pairs, stack
 from tests.training.tiny import RULES, assert_close, config, host, init, one_device, texts
 
 SOURCES = {"pairs": 2.0, "texts": 0.5}
@@ -127,6 +127,43 @@ def test_evaluation_agrees_with_loops_and_ignores_rows_of_padding():
     padded = {"pairs": jax.tree.map(jnp.asarray, stack(rows, blank(rows)))}
     found = jax.jit(evaluate)({"policy": params}, frozen, padded)
     wanted = looped(model, params, reference, rows, 0.3, 0.1)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        got = (float(found[name].total), float(found[name].count))
+        np.testing.assert_allclose(got, value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def looped_labels(model, params, reference, rows, beta, smoothing):
+    """Every metric of labelled answers as (total, count), by a loop over them."""
+    told = [
+        np.float64(evaluate_texts(model, p, {}, rows.texts).logprobs) for p in (params, reference)
+    ]
+    sums = {}
+    for i, tokens in enumerate(rows.texts.loss_mask & rows.texts.mask):
+        where = [t for t in np.flatnonzero(tokens) if t > 0]
+        ours, theirs = (sum(one[i, t] for t in where) for one in told)
+        r, right = beta * (ours - theirs), rows.label[i] > 0.5
+        z = rows.label[i] * (1 - smoothing) + (1 - rows.label[i]) * smoothing
+        loss = z * np.log1p(np.exp(-r)) + (1 - z) * np.log1p(np.exp(r))
+        side = "right" if right else "wrong"
+        said = {"loss/answers": loss, f"answers/reward_{side}": r, f"answers/logprob_{side}": ours}
+        said |= dict.fromkeys(("answers/accuracy", f"answers/accuracy_{side}"), (r > 0) == right)
+        for name, value in said.items():
+            total, count = sums.get(name, (0.0, 0.0))
+            sums[name] = (total + value, count + 1)
+    return sums
+
+
+def test_labels_are_the_cross_entropy_of_the_implicit_reward():
+    """And rows of padding do not count."""
+    model, rows = decoder(config(layers=1), RULES), answers(6)
+    params, reference = init(model, 0, one_device()), init(model, 7, one_device())
+    direct = direct_preference(beta=0.3, label_smoothing=0.1)
+    evaluate = make_supervised_evaluate(model, {"answers": 1.0}, microbatches=2, direct=direct)
+    frozen = {"policy": {}, "reference": reference}
+    padded = {"answers": jax.tree.map(jnp.asarray, stack(rows, blank(rows)))}
+    found = jax.jit(evaluate)({"policy": params}, frozen, padded)
+    wanted = looped_labels(model, params, reference, rows, 0.3, 0.1)
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         got = (float(found[name].total), float(found[name].count))

@@ -1,7 +1,6 @@
 """The notebook that brings a model and takes it home: runs from top to bottom."""
 
 import json
-import os
 import pathlib
 
 import nbformat
@@ -11,28 +10,16 @@ from nbclient import NotebookClient
 NOTEBOOK = pathlib.Path(__file__).parents[1] / "notebooks" / "bring_your_model.ipynb"
 
 
-STEPS = "policy.rollout.prompts, policy.train.steps = 8, 60"
-WHOLE = pytest.param("as it stands", marks=pytest.mark.slow)
-
-
-@pytest.fixture(scope="module", params=["smaller", WHOLE])
-def executed(request, tmp_path_factory):
-    """The notebook after all cells ran, and the folder that it worked in.
-
-    Ordinarily it trains a quarter of the steps, with programs that are compiled as the suite's.
-    """
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    """The notebook after all cells ran, and the folder that it worked in."""
     folder = tmp_path_factory.mktemp("notebook")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    flags = ""  # one device and all optimisations, as for a newcomer
-    if request.param == "smaller":
-        (cell,) = (cell for cell in notebook.cells if STEPS in cell.source)
-        cell.source = cell.source.replace(STEPS, STEPS.replace("60", "15"))
-        flags = os.environ["XLA_FLAGS"].replace("device_count=4", "device_count=1")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RLHF_WORKDIR", str(folder))
         patch.delenv("RLHF_MODEL", raising=False)
         patch.setenv("JAX_PLATFORMS", "cpu")
-        patch.setenv("XLA_FLAGS", flags)
+        patch.setenv("XLA_FLAGS", "")  # one device and all optimisations, as for a newcomer
         patch.delenv("NPROC")
         resources = {"metadata": {"path": str(NOTEBOOK.parent)}}
         NotebookClient(notebook, timeout=900, resources=resources).execute()

@@ -1,5 +1,7 @@
 """The advantage reward: one head at the completion's end, less another at the prompt's end."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,6 +61,25 @@ def test_what_is_expected_is_the_same_for_all_answers_to_a_prompt():
     by_prompt = by_prompt.reshape(-1, rollouts.group_size)
     np.testing.assert_array_equal(by_prompt, np.repeat(by_prompt[:, :1], rollouts.group_size, 1))
     assert len(set(by_prompt[:, 0].tolist())) == len(by_prompt)
+
+
+@pytest.mark.slow
+def test_an_ensembles_advantage_is_the_mean_of_its_members():
+    config = dataclasses.replace(MODEL.config, members=2, ensemble="linear")
+    model, rollouts = decoder(config), random_rollouts(0)
+    params = model.init(jax.random.key(2))
+    kernel = jnp.stack([KERNEL, -2 * KERNEL])
+    params["heads"]["expected"] = {"kernel": kernel, "bias": jnp.asarray([0.5, 1.0])}
+    reward = advantage_model(model=model, params=params)
+    found = jax.jit(reward.score)(reward.init(), rollouts)[0]
+    texts = as_texts(rollouts)
+    said = jax.jit(lambda t: evaluate_texts(model, params, {}, t).scores)(texts)
+    members = [
+        text_scores({name: said[f"{name}/{e}"] for name in HEADS}, texts, "outcome")
+        for e in range(2)
+    ]
+    np.testing.assert_allclose(found.outcome, np.mean(members, axis=0), atol=1e-5)
+    assert np.abs(members[0] - members[1]).max() > 0.1
 
 
 @pytest.mark.parametrize(

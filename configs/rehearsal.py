@@ -45,7 +45,12 @@ def rehearsal(args: ConfigDict) -> dict:
         rollout=quickstart.rollout(args, samples=4),
         rewards=dict(exact=dict(name="exact_match")),
         # 10 to 20 % of what the policy's run samples is a good size.
-        select=dict(problems=256 if args.small else 1_024, clusters=args.clusters, keep=args.keep),
+        select=dict(
+            problems=256 if args.small else 1_024,
+            clusters=args.clusters,
+            keep=args.keep,
+            above=0.5,  # right ones alone
+        ),
     )
 
 

@@ -127,6 +127,7 @@ class Selection(TypedDict):
     completions: NotRequired[str]  # in place of its own: a field with given answers
     clusters: Count
     keep: Count  # of each cluster
+    above: NotRequired[float]  # and only those with a higher score
 
 
 class Alarms(TypedDict):

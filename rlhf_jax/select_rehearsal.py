@@ -4,9 +4,9 @@
 
 Selective rehearsal (Peng et al. 2023, https://arxiv.org/abs/2309.10202): answers are embedded,
 clustered, and the ``select.keep`` with the highest scores of each of ``select.clusters`` clusters
-become rehearsal.jsonl, which a policy run reads as ``extra.rehearsal`` and trains on beside its
-reward (``algorithm.rehearsal``). So a run that is paid for one kind of task keeps what the policy
-could do in the others. The answers are
+(none at or below ``select.above``, if it is set) become rehearsal.jsonl, which a policy run reads
+as ``extra.rehearsal`` and trains on beside its reward (``algorithm.rehearsal``). So a run that is
+paid for one kind of task keeps what the policy could do in the others. The answers are
 
     the policy's own   ``rollout.samples`` for each of ``select.problems`` prompts of ``data``
     given ones         all under the field ``select.completions`` of the records of ``data``, a text
@@ -104,7 +104,10 @@ def select_rehearsal(config: ConfigDict, workdir: str) -> dict[str, Any]:
         )
     with within(f"rewards.{label}"):
         scores = np.array([one.score for one in found])
-        kept = best_of_clusters(labels, scores, config.select.keep)
+        above = config.select.get("above", -np.inf)
+        kept = best_of_clusters(labels, scores, config.select.keep, above=above)
+        if not kept.size:
+            raise ValueError(f"no answer has a score above select.above={above}; lower it")
     rows = [row for i in kept for row in line_of(found[i], int(labels[i]), config)]
     write_lines(folder / "rehearsal.jsonl", rows)
     table = clusters_of(found, labels, kept)
@@ -190,15 +193,15 @@ def clusters_of(
         members = np.flatnonzero(labels == label)
         chosen = kept[labels[kept] == label]
         scores = np.array([one.score for one in found])
-        best = found[chosen[np.argmax(scores[chosen])]]
+        best = found[chosen[np.argmax(scores[chosen])]] if chosen.size else None
         table.append(
             {
                 "cluster": label,
                 "answers": len(members),
                 "kept": len(chosen),
                 "score": float(scores[members].mean()),
-                "score_kept": float(scores[chosen].mean()),
-                "best": {"prompt": best.prompt, "completion": best.completion},
+                "score_kept": float(scores[chosen].mean()) if best else None,
+                "best": {"prompt": best.prompt, "completion": best.completion} if best else None,
             }
         )
     return table
@@ -214,13 +217,16 @@ def page(table: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], label: 
         "| cluster | answers | kept | score | score of those kept | best prompt | best answer |\n"
         "|---|---|---|---|---|---|---|\n"
     )
-    rows = (
-        f"| {one['cluster']} | {one['answers']} | {one['kept']} | {one['score']:.3g} | "
-        f"{one['score_kept']:.3g} | {_shown(one['best']['prompt'])} | "
-        f"{_shown(one['best']['completion'])} |\n"
-        for one in table
-    )
-    return head + "".join(rows)
+    return head + "".join(map(_row, table))
+
+
+def _row(one: Mapping[str, Any]) -> str:
+    """A cluster's line of the table."""
+    best = one["best"] or {"prompt": "", "completion": ""}
+    score = "" if one["best"] is None else f"{one['score_kept']:.3g}"
+    cells = (one["cluster"], one["answers"], one["kept"], f"{one['score']:.3g}", score)
+    texts = (_shown(best["prompt"]), _shown(best["completion"]))
+    return "| " + " | ".join(map(str, (*cells, *texts))) + " |\n"
 
 
 def _shown(text: str) -> str:

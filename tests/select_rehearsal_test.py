@@ -134,6 +134,16 @@ def test_what_cannot_be_selected_is_refused(select, rewards, message, policy, tm
     assert not (tmp_path / "run").exists()
 
 
+def test_a_cluster_without_a_good_answer_is_reported_and_gives_none(policy, tmp_path):
+    config = config_of(policy, select=dict(completions="completions", above=4.0))
+    assert select_rehearsal(config, str(tmp_path / "one"))["kept"] == 1
+    table = json.loads((tmp_path / "one" / "report.json").read_text())["clusters"]
+    assert sorted(one["kept"] for one in table) == [0, 1]
+    config.select.above = 99.0
+    with pytest.raises(ValueError, match=r"no answer has a score above select.above=99.0"):
+        select_rehearsal(config, str(tmp_path / "none"))
+
+
 def test_more_clusters_than_answers_are_refused(policy, tmp_path):
     config = config_of(policy, select=dict(completions="completions", clusters=8))
     with pytest.raises(ValueError, match=r"select.clusters: 8 clusters of 7 different embeddings"):

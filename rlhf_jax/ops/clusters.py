@@ -65,11 +65,18 @@ def cluster(points: Float[Array, "M D"], count: int, *, seed: int) -> Int[np.nda
 
 
 def best_of_clusters(
-    labels: Int[Array, " M"], scores: Float[Array, " M"], keep: int
+    labels: Int[Array, " M"],
+    scores: Float[Array, " M"],
+    keep: int,
+    *,
+    above: float | int = -np.inf,
 ) -> Int[np.ndarray, " R"]:
     """The places of the `keep` points with the highest scores of each cluster, in their order.
 
     Of equal scores the earlier point; of a cluster with fewer points all.
+
+    Args:
+        above: no point with this score or a lower one is kept, so that a cluster may have none.
 
     Raises:
         ValueError: a score that is not finite.
@@ -79,5 +86,6 @@ def best_of_clusters(
         bad = int(np.flatnonzero(~np.isfinite(scores))[0])
         raise ValueError(f"the score of text {bad} is {scores[bad]}; wanted a finite number")
     order = np.argsort(-scores, kind="stable")
+    order = order[scores[order] > above]
     kept = [order[labels[order] == one][:keep] for one in np.unique(labels)]
     return np.sort(np.concatenate(kept))

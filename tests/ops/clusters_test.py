@@ -54,6 +54,7 @@ def test_the_best_of_each_cluster_are_kept_in_their_order():
     assert best_of_clusters(labels, scores, 2).tolist() == [1, 2, 4, 5, 6]  # of equal the earlier
     assert best_of_clusters(labels, scores, 1).tolist() == [1, 5, 6]
     assert best_of_clusters(labels, scores, 9).tolist() == list(range(7))
+    assert best_of_clusters(labels, scores, 2, above=3.0).tolist() == [1, 4, 6]
     scores[4] = np.inf
     with pytest.raises(ValueError, match="the score of text 4 is inf; wanted a finite"):
         best_of_clusters(labels, scores, 1)

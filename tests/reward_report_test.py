@@ -22,10 +22,10 @@ def texts(rows):
     )
 
 
-def score(given, head):
+def score(given):
     """Each token is its own score."""
-    assert head in ("outcome", "process")
-    return np.float32(given.tokens)
+    said = np.float32(given.tokens)
+    return {head: said for head in HEADS.values()}
 
 
 def pairs(chosen, rejected, label):
@@ -100,3 +100,16 @@ def test_steps_by_hand():
     assert found["process_model/step_auc"] == 1.0
     assert found["process_model/majority_rate"] == pytest.approx(2 / 3)
     assert found["process_model/balanced_accuracy"] == 0.5  # all scores are above 0
+
+
+def test_an_advantage_model_is_judged_by_what_is_above_what_it_expects():
+    """Between prompts r − e orders texts as r does not; what is expected is the prompt's token."""
+    rows = Labelled(texts=texts([[5, 4], [1, 3]]), label=np.float32([0, 1]))
+
+    def advantage(given):
+        said = score(given)
+        return said | {"expected": said["outcome"]}
+
+    for said, wanted in ((score, 0.0), (advantage, 1.0)):
+        found = KINDS["correctness"](iter([(rows, 2)]), said, HEADS)
+        assert found["outcome_model/correctness_auc"] == wanted

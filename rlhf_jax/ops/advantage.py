@@ -4,13 +4,14 @@ Peng et al. 2023, "Stabilizing RLHF through Advantage Model and Selective Rehear
 https://arxiv.org/abs/2309.10202. A pair says which answer is better and nothing about the level of
 either, so a reward model's scores may be 3 higher for all answers of one task than for those of
 another, and a policy then gains by writing like the better paid task. An advantage model says how
-much better an answer is than what is expected of the prompt:
+much better an answer is than what is expected of the prompt. In our reading, which was not checked
+against the paper's own equations and constants:
 
     a(x, y)   = r(x, y) − e(x),      e(x) = E_{y' ~ π(x)} r(x, y')
     L_rank    = −log σ(a_c − a_r)
     L_bound   = −log σ(m − a_c) − log σ(m + a_r)
 
-Our reading has three terms, each for what the others cannot see:
+What is trained has three terms, each for what the others cannot see:
 
     L = L_rank(r) + bound_coef · L_bound(r) + expected_coef · ½ (e(x) − sg r(x, y'))²
 
@@ -91,7 +92,7 @@ def bounding(
     margin: float = 2.5,
 ) -> Float[Array, " M"]:
     """p [−log σ(m − a_c) − log σ(m + a_r)] + (1 − p) [−log σ(m − a_r) − log σ(m + a_c)], in nats
-    per pair; p = 1 is the paper's bounding loss. Swapping the answers and p with 1 − p changes
+    per pair; p = 1 is L_bound. Swapping the answers and p with 1 − p changes
     nothing."""
     chosen, rejected = chosen.astype(jnp.float32), rejected.astype(jnp.float32)
 

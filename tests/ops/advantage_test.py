@@ -12,7 +12,7 @@ def log_sigmoid(x):
     return -np.log1p(np.exp(-np.float64(x)))
 
 
-def test_the_bound_is_the_papers():
+def test_the_bound_by_hand():
     chosen, rejected = np.float32([0.0, 3.0, -1.0]), np.float32([0.0, -3.5, 4.0])
     found = bounding(jnp.asarray(chosen), jnp.asarray(rejected), margin=2.5)
     wanted = -log_sigmoid(2.5 - chosen) - log_sigmoid(2.5 + rejected)

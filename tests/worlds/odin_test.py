@@ -4,8 +4,8 @@ Chen et al. 2024, https://arxiv.org/abs/2402.07319. The 6,000 pairs are all used
 of 2 seeds, beside the reward model of balanced pairs:
 
     model      correlation with length   NRG ratio   mean length   quality     right on quality
-    balanced        0.13, 0.11          0.98, 0.99   105 to 111   0.55, 0.55     0.687, 0.685
-    ODIN            0.02, 0.01          1.00, 1.00   105 to 105   0.55, 0.55     0.685, 0.684
+    balanced        0.10, 0.10          0.99, 0.99   105 to 111   0.55, 0.55     0.685, 0.683
+    ODIN           -0.01, 0.00          1.00, 1.00   105 to 105   0.55, 0.55     0.686, 0.685
 
 Rules: the correlation of the quality head with length, among the samples of a prompt, is below 0.1
 in size; NRG is above 0.9 of the gain; the gain in hidden quality is at least 0.95 of the balanced

@@ -143,7 +143,7 @@ def heads_of(config: ModelConfig, head: str = "") -> Heads:
             f"reward.head={head!r}; the model's heads are {known}"
             if head
             else "reward.init_from: the model has no outcome or process head; its heads are "
-            f"{', '.join(config.score_heads) or 'none'}"
+            f"{', '.join(config.score_heads) or 'none, and implicit rewards are not read here'}"
         )
     first = [one.score for one in named if one.score], [one.step_scores for one in named]
     steps = [name for name in first[1] if name]

@@ -11,15 +11,21 @@ from ml_collections import ConfigDict
 
 from configs import ppo_tiny
 from rlhf_jax import fit, implicit_start, policy_run, roles, run_folder, train_dpo
+from rlhf_jax.learned_judge import make_learned
+from rlhf_jax.models.completions import evaluate_completions
+from rlhf_jax.models.transformer import decoder
 from rlhf_jax.policy_plan import make_plan
+from rlhf_jax.policy_sampler import PolicySampler
 from rlhf_jax.train_policy import train_policy
 from rlhf_jax.training import checkpoint
+from rlhf_jax.training.keys import Purpose
 from tests import compiling
 from tests.bad_input_test import jsonl, put, trained_run  # noqa: F401
 from tests.roles_test import RULES
 from tests.train_dpo_test import PAIRS, config_of, lines, same
 
 BETA = 0.2  # of `config_of`
+FROZEN = dict(rewards__implicit__optimizer=KeyError, rewards__implicit__label=KeyError)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +162,49 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(folders, tmp_path, monkeypatch, 
     assert 0 <= first["reward/implicit/right"] <= 1
 
 
-FROZEN = dict(rewards__implicit__optimizer=KeyError, rewards__implicit__label=KeyError)
+@pytest.mark.slow
+@pytest.mark.parametrize("reward", ["whole", "adapters"])
+def test_evaluation_says_what_the_scoring_step_says(folders, reward):
+    """By the same code, with the reference and the β of the run; adapters are merged."""
+    config = policy_config(folders["start"], folders[reward], **FROZEN)
+    plan = make_plan(config)
+    with jax.set_mesh(plan.mesh):
+        run, state = policy_run.start(plan)
+        rollouts = run.sample(state, 0, jax.random.key(0))
+        scores, _ = run.steps.score(state.rewards["device"], rollouts)
+        ours = np.asarray(scores.parts["implicit"])
+    assert run.steps.update_rewards is None
+    judge = make_learned("implicit", config)(PolicySampler(config, Purpose.EVALUATE))
+    np.testing.assert_allclose(judge(rollouts), ours, rtol=0, atol=1e-6)
+    section = config.rewards.implicit
+    with jax.set_mesh(plan.mesh):
+        described = plan.described["reward/implicit"]
+        asked = (described, {}, plan.mesh, RULES)
+        model = decoder(described, RULES)
+        params = roles.load(folders[reward], plan.mesh, RULES)
+        said = [
+            evaluate_completions(model, tree, {}, rollouts, temperature=1.0, rows=None).logprobs
+            for tree in (params, implicit_start.load_reference(section, *asked))
+        ]
+    wanted = BETA * np.asarray(said[0] - said[1]).sum(axis=1)
+    assert np.abs(wanted).max() > 1e-3
+    np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (dict(rewards__implicit__label=KeyError), "rewards.implicit.optimizer is set, but no"),
+        (FROZEN | dict(rewards__implicit__init_from=""), "rewards.implicit.init_from is empty"),
+        (FROZEN, "rewards.implicit.init_from='.*' has no reference of its own"),
+    ],
+)
+def test_evaluation_refuses_what_does_not_judge(folders, changes, said):
+    config = policy_config(folders["start"], folders["start"], **changes)
+    with pytest.raises(ValueError, match=said):
+        make_learned("implicit", config)
+
+
 BAD = [
     (dict(rewards__implicit__label="shrt"), "rewards.implicit.label='shrt'; did you mean 'short'"),
     (dict(rewards__implicit__label="implicit"), "rewards.implicit.label='implicit'; wanted the"),

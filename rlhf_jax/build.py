@@ -336,7 +336,7 @@ def check_process(algorithm: str, rewards: ConfigDict) -> None:
     raise ValueError(
         f"{algorithm} with these keys trains on scores of steps, and none of rewards "
         f"{', '.join(rewards)} gives them; add a process_model or an implicit_model with a weight "
-        "and without aggregate, or leave credit='steps' out"
+        "and without aggregate, or take an algorithm or a credit that does without"
     )
 
 

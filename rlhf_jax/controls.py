@@ -136,7 +136,7 @@ def compile_kl_coef(control: KlControl | None, mesh: Mesh) -> Callable | None:
 def compile_reference(control: ReferenceControl | None, reference: Params) -> Callable | None:
     """A compiled (reference, policy) -> reference, in buffers that no other tree has.
 
-    The old reference is donated: it is gone with the call.
+    With a decay the old reference is donated: it is gone with the call.
     """
     if control is None:
         return None

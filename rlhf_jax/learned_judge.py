@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from numpy import ndarray
 
 from rlhf_jax import averages, build, implicit_start, roles
-from rlhf_jax.judge import Judge, make_judge, total
+from rlhf_jax.judge import Judge, check_judge, make_judge, total
 from rlhf_jax.mesh import ShardingRules
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.transformer import decoder
@@ -48,6 +48,8 @@ def check_learned(label: str, section: ConfigDict) -> None:
                 f"rewards.{label}.{key} is of the run that trains on the reward: it remembers what "
                 f"that run scored; leave {key} out"
             )
+    if build.reward_model(section) is None:
+        check_judge(f"rewards.{label}", section)
 
 
 def make_learned(label: str, config: ConfigDict) -> Callable[[PolicySampler], Judge]:

@@ -105,7 +105,12 @@ def make_plan(
         value=made.get("value"),
         reference=decoder(reference, rules) if algorithm.needs.reference else None,
     )
-    for name in algorithm.needs.extra:
+    for name in config.extra:
+        if name not in algorithm.needs.extra:
+            raise ValueError(
+                f"extra.{name} is read by nothing; say algorithm.rehearsal=dict(weight=0.1), which "
+                "reads extra.rehearsal, or leave it out"
+            )
         build.check_source(f"extra.{name}", config.extra[name])
     extra = {
         name: build.examples(f"extra.{name}", config.extra[name], text, config.seed)

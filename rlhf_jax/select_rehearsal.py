@@ -14,7 +14,7 @@ paid for one kind of task keeps what the policy could do in the others. The answ
 
 The one reward of ``rewards``, learned or not, scores them. The embedding is the mean of the final
 hidden states of ``model`` over prompt and answer; its direction from the mean of all is what
-k-means sees (the paper embeds with SimCSE). Answers that ran into ``rollout.max_tokens`` and texts
+k-means sees. Answers that ran into ``rollout.max_tokens`` and texts
 that came before are left out. Written are rehearsal.jsonl (prompt, completion, score, cluster),
 report.md and report.json (of each cluster: how many, kept, scores, its best answer).
 """

@@ -61,6 +61,14 @@ def test_unknown_keys_list_the_known_ones(tmp_path):
         make_plan(config)
 
 
+def test_rows_that_nothing_reads_are_refused(tmp_path):
+    """The likeliest way there: algorithm.rehearsal was forgotten."""
+    config = changed(**{"data.data_dir": str(tmp_path)})
+    config.extra = dict(rehearsal=dict(kind="texts", name="inline", rows=4))
+    with pytest.raises(ValueError, match=r"extra\.rehearsal is read by nothing.*rehearsal=dict"):
+        make_plan(config)
+
+
 def test_a_reward_without_weight_is_named(tmp_path):
     config = changed(**{"data.data_dir": str(tmp_path)})
     with config.unlocked():

@@ -122,6 +122,11 @@ def test_the_policys_own_answers(policy, tmp_path):
         ),
         (
             dict(problems=3),
+            dict(a=dict(name="length", per_token=1.0, weight=1.0)),
+            r"rewards\.a\.weight: no such key",
+        ),
+        (
+            dict(problems=3),
             dict(a=dict(name="length", scale=dict(limit=0.3))),
             "rewards.a.scale is of the run that trains",
         ),

@@ -18,8 +18,9 @@ def rehearsed(algorithm: Algorithm, *, weight: float | int) -> Algorithm:
         NLL(D_R) = −mean over the trained tokens of the rows of log π
 
     Selective rehearsal, Peng et al. 2023, https://arxiv.org/abs/2309.10202, where the rows are the
-    best of each cluster of the policy's earlier answers (`rlhf_jax.select_rehearsal`). Any rows of
-    texts serve. Log-probs are at temperature 1, whatever the policy is sampled at.
+    best of each cluster of the policy's earlier answers (`rlhf_jax.select_rehearsal`). This is our
+    reading of it, which was not checked against the paper's equations. Any rows of texts serve.
+    Log-probs are at temperature 1, whatever the policy is sampled at.
 
     Args:
         weight: per nat and token, above 0. What is right depends on the scale of the other terms.

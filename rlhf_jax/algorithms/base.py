@@ -93,6 +93,15 @@ def sequence_kl(experience: Experience, estimator: str) -> Float[Array, " B"]:
     return masked_sum(kl_estimate(logprobs, ref_logprobs, estimator), mask, axis=-1)
 
 
+def part_of(scores: Scores, reward: str, asks: str) -> Float[Array, " B"]:
+    """The unweighted scores of the reward with that label; a ValueError, in the name of whoever
+    asks, for a label that is none."""
+    if reward not in scores.parts:
+        known = ", ".join(sorted(scores.parts)) or "none"
+        raise ValueError(f"{asks}: no reward {reward!r}; known: {known}")
+    return scores.parts[reward]
+
+
 def has_signal(scores: Scores, group_size: int) -> Bool[Array, " N"]:
     """Groups whose rewards are not all equal: only these say which sample is better.
 

@@ -16,10 +16,10 @@ rounds.
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.algorithms.base import or_nan, policy_terms, sequence_rewards, spread
+from rlhf_jax.algorithms.base import or_nan, part_of, policy_terms, sequence_rewards, spread
 from rlhf_jax.ops.masking import mean_of
 from rlhf_jax.ops.surrogate import Surrogate, check_surrogate
-from rlhf_jax.types import Algorithm, Needs, Scores, Targets
+from rlhf_jax.types import Algorithm, Needs, Targets
 
 
 def expert_iteration(
@@ -53,7 +53,9 @@ def expert_iteration(
     def targets(experience, group_size, state):
         mask = jnp.asarray(experience.rollouts.mask)
         rewards = sequence_rewards(experience.scores, mask)
-        judged = rewards if reward is None else _part(experience.scores, reward)
+        judged = (
+            rewards if reward is None else part_of(experience.scores, reward, "expert_iteration")
+        )
         good = (judged > threshold) & jnp.any(mask, axis=-1)
         if most is not None:
             number = jnp.cumsum(jnp.reshape(good, (-1, group_size)), axis=1)
@@ -74,10 +76,3 @@ def expert_iteration(
 
     wraps = ("omit_truncated", "select")
     return Algorithm(init=lambda: (), targets=targets, loss=loss, needs=Needs(), wraps=wraps)
-
-
-def _part(scores: Scores, reward: str):
-    if reward not in scores.parts:
-        known = ", ".join(sorted(scores.parts)) or "none"
-        raise ValueError(f"expert_iteration: no reward {reward!r}; known: {known}")
-    return scores.parts[reward]

@@ -46,7 +46,7 @@ def ppo(
         lam_alpha: α of λ = 1 − 1/(α tokens) for each completion in place of `lam`, and 0 for those
             of 1/α tokens or fewer (Yue et al. 2025, VAPO, https://arxiv.org/abs/2504.05118: 0.05).
         value_lam: λ of what the critic learns; None = `lam`. 1 takes the critic's own bias out of
-            its targets (Yuan et al. 2025, VC-PPO, https://arxiv.org/abs/2503.01491, section 4.2).
+            its targets (Yuan et al. 2025, VC-PPO, https://arxiv.org/abs/2503.01491).
         kl_coef: β, per nat of divergence from the reference; 0 needs no reference.
         kl_estimator: "k1", "k2", "k3" or "k3+".
         kl_place: "reward", or "loss" for a term that is differentiated.

@@ -14,7 +14,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.algorithms.base import has_signal
+from rlhf_jax.algorithms.base import has_signal, part_of
 from rlhf_jax.ops import groups
 from rlhf_jax.ops.importance import check_bounds, held_weights, log_weights
 from rlhf_jax.ops.masking import fill_padding, mean_of
@@ -134,13 +134,13 @@ def select(
 
     def chosen(scores, group_size):
         if how == "range":
-            mean = groups.group_mean(_part(scores, reward), group_size)[::group_size]
+            mean = groups.group_mean(part_of(scores, reward, "select"), group_size)[::group_size]
             # What is not a number stays, and the update sees it.
             kept = ~((mean < low - _EDGE) | (mean > high + _EDGE))
         elif reward is None:
             kept = has_signal(scores, group_size)
         else:
-            kept = groups.group_varies(_part(scores, reward), group_size)
+            kept = groups.group_varies(part_of(scores, reward, "select"), group_size)
         return kept if algorithm.select is None else kept & algorithm.select(scores, group_size)
 
     def targets(experience, group_size, state):
@@ -182,7 +182,7 @@ def imitate(
         terms, metrics = algorithm.loss(output, experience, targets, group_size)
         if "imitate" in terms:
             raise ValueError("the loss has a term 'imitate' already; leave algorithm.imitate out")
-        scores = jax.lax.stop_gradient(_part(experience.scores, reward, key="imitate"))
+        scores = jax.lax.stop_gradient(part_of(experience.scores, reward, "imitate"))
         scores = scores.astype(jnp.float32)
         right = ~(scores <= above)  # what is not a number too
         mask = jnp.asarray(targets.mask) & right[:, None]
@@ -203,13 +203,6 @@ def _check_terms(key, terms):
             f"algorithm.{key} changes the term 'policy' of a loss, and this one has only "
             f"{', '.join(sorted(terms))}; leave {key} out"
         )
-
-
-def _part(scores, reward, key="select"):
-    """One number per completion: a part of the scores."""
-    if reward not in scores.parts:
-        raise ValueError(f"{key}: no reward {reward!r}; known: {', '.join(sorted(scores.parts))}")
-    return scores.parts[reward]
 
 
 def _check_selection(how, reward, low, high):

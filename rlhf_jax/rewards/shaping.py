@@ -42,7 +42,8 @@ def length_penalty(
     2 · sd · (1 − 0.01 · length), which is coef=2, tokens=100. The end-of-text token counts.
 
     Args:
-        tokens: N, the length that costs nothing; shorter completions gain.
+        tokens: N, the length that costs nothing; shorter completions gain. Counted as the reward
+            reads them: of a model with another tokenizer than the policy's, in its own.
         mesh: where the run's arrays lie, so that the first statistics lie there as well.
 
     Example:

@@ -199,6 +199,25 @@ def test_the_ratio_is_one_where_norms_follow_products():
     assert total == 0.0
 
 
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_driven_kl_coef_reaches_the_loss(microbatches):
+    """β of the experience and not of the config, in every microbatch."""
+
+    def updated(beta, driven):
+        sizes = dict(microbatches=microbatches, rows=8 // microbatches)
+        setup = Setup(grpo(kl_coef=beta), optimizers=sgd("policy"), **sizes)
+        experience = setup.experience(rollouts(4, 2))
+        experience = dataclasses.replace(experience, kl_coef=driven and jnp.float32(driven))
+        return setup.update(experience), host(setup.state.params)
+
+    metrics, params = updated(0.1, 0.5)
+    wanted, want = updated(0.5, None)
+    assert_close(params, want, atol=1e-6)
+    assert metrics["update/loss"] == pytest.approx(wanted["update/loss"], abs=1e-6)
+    _, configured = updated(0.1, None)
+    assert largest_change(params, configured) > 1e-3
+
+
 def test_one_update_is_the_gradient_of_a_loop_over_rows(rehearsing):
     """Plain REINFORCE, group by group, and NLL on extra rows, which reach the loss."""
     rehearsing.reset()

@@ -26,6 +26,12 @@ _PROBES = {
 }
 _TASKS = {"outcome": "text-classification", "process": "token-classification"}
 _JOINT = ("advantage", "odin")  # heads that train together
+_ADVANTAGE = (
+    "An advantage model: the run's own numbers are of r, the outcome head alone (accuracy of right "
+    "and wrong answers is r > 0; the order of a pair is that of r − e as well). Probes, reports, "
+    "`score` and the reward of a policy are of r − e, the outcome head less what is expected of "
+    "the prompt."
+)
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")
 
@@ -124,6 +130,7 @@ def _evaluation(facts: Mapping[str, Any]) -> list[str]:
     if found:
         rows = [[name, _number(value)] for name, value in sorted(found.items())]
         lines += ["", "The run's own held-out data, at its last step:", ""]
+        lines += [_ADVANTAGE, ""] if "advantage" in facts["training"] else []
         lines += _table(["number", "value"], rows)
     for name, numbers in sorted(reports.items()):
         kept = [n for n in numbers if n.rpartition("/")[2] in _SHOWN]

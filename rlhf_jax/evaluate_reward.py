@@ -45,7 +45,7 @@ from rlhf_jax.reward_numbers import Findings
 from rlhf_jax.reward_page import page
 from rlhf_jax.reward_set_rows import RewardSet, read_set, step_lines
 from rlhf_jax.schema import closest, is_ours, within
-from rlhf_jax.score import make_reader, readings_of
+from rlhf_jax.score import make_reader, needs_prompt, readings_of, score_name
 from rlhf_jax.token_lines import Line, batch_rows, padded
 from rlhf_jax.training.writer import write_json, write_text
 
@@ -153,7 +153,7 @@ def heads_of(config: ModelConfig, head: str = "") -> Heads:
 def open_sets(config: ConfigDict, opened: ModelFolder) -> dict[str, RewardSet]:
     """Reads and encodes all sets; touches no device."""
     sets = {
-        label: read_set(label, section, config.data, opened.text)
+        label: read_set(label, section, config.data, opened.text, asked=needs_prompt(opened.config))
         for label, section in config.reward_sets.items()
     }
     if opened.config.max_positions and config.data.max_length > opened.config.max_positions:
@@ -356,7 +356,7 @@ def evaluate_reward(config: ConfigDict, workdir: str) -> dict[str, float | int]:
 def _report(config, opened, heads: Heads, threshold, scored, findings) -> dict[str, Any]:
     """What stands in report.json."""
     names = ("template", "chat", "max_length", "overlong", "end_of_text")
-    sets = {}
+    how, sets = config.reward.get("aggregate", "min"), {}
     for label, one in scored.items():
         found = findings[label]
         sets[label] = {
@@ -378,7 +378,7 @@ def _report(config, opened, heads: Heads, threshold, scored, findings) -> dict[s
     return {
         "model": " + ".join((opened.path, *opened.others)),
         "tokenizer": opened.text.name,
-        "heads": {"texts": heads.score or f"steps, {config.reward.get('aggregate', 'min')}"}
+        "heads": {"texts": score_name(opened.config, heads.score) or f"steps, {how}"}
         | ({"steps": heads.step_scores} if heads.step_scores else {}),
         "threshold": float(np.exp(-np.logaddexp(0.0, -threshold))),
         "threshold_from": config.reward.get("threshold_from", ""),

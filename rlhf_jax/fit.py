@@ -26,6 +26,7 @@ from rlhf_jax.models.lora import partition
 from rlhf_jax.models.members import repeated
 from rlhf_jax.models.passes import check_positions
 from rlhf_jax.models.transformer import Model, decoder
+from rlhf_jax.ops.advantage import Advantage
 from rlhf_jax.ops.direct_preference import DirectPreference
 from rlhf_jax.ops.metrics import add
 from rlhf_jax.run_log import RunLog
@@ -107,8 +108,9 @@ def check(
     described = roles.describe(config.model, text.vocab_size, **changes)
     smoothing = config.updates.get("smoothing", 0.0)
     with within("updates"):
-        check_smoothing(described, smoothing)
-        check_joint(described, joint, smoothing)
+        check_smoothing(described, smoothing, joint)
+    with within("reward"):
+        check_joint(described, joint)
     if smoothing and not _smoothed(config):
         raise ValueError(f"updates.smoothing={smoothing} but no source is of kind pairs")
     for part, sections in (("sources", config.sources), ("eval.sources", config.eval.sources)):
@@ -143,7 +145,8 @@ def open_sources(fit: Fit, later: Callable[[ConfigDict], bool] = lambda section:
         later: whether a source is not there yet, as a pipeline's earlier stage will write it.
 
     Raises:
-        ValueError: naming the source, and file and line where it is a file.
+        ValueError: naming the source, and file and line where it is a file; also for a record
+            without a prompt, of an advantage model.
     """
     config, text = fit.config, build.tokenizer(fit.config)
 
@@ -154,10 +157,17 @@ def open_sources(fit: Fit, later: Callable[[ConfigDict], bool] = lambda section:
             if not later(section)
         }
 
+    def check_prompts(path: str, opened: Mapping[str, ExampleSource]) -> None:
+        for label, source in opened.items() if isinstance(fit.joint, Advantage) else ():
+            with within(f"{path}.{label}"):
+                source.check_prompts()
+
     held_out = read("eval.sources", config.eval.sources)
     for label, source in held_out.items():
         check_rows(f"eval.sources.{label}", config.eval.sources[label], source)
     sources = read("sources", config.sources)
+    check_prompts("eval.sources", held_out)
+    check_prompts("sources", sources)
     if own_rows(fit.described):
         orders = dict(members=fit.described.members, seed=config.seed)
         sources = {label: MemberSource(source, **orders) for label, source in sources.items()}

@@ -26,7 +26,7 @@ from jaxtyping import Float
 from rlhf_jax import model_folder, program, token_lines
 from rlhf_jax.compile_watch import CompileWatch
 from rlhf_jax.data.balance import mean_confidence
-from rlhf_jax.data.examples import Row, first_field, flag, share
+from rlhf_jax.data.examples import Row, check_prompt, first_field, flag, share
 from rlhf_jax.data.forms import Form
 from rlhf_jax.data.sources import JsonlSource
 from rlhf_jax.evaluate_reward import heads_of, score_rows
@@ -35,7 +35,7 @@ from rlhf_jax.mesh import ShardingRules, batch_shards, make_mesh
 from rlhf_jax.model_folder import ModelFolder
 from rlhf_jax.models.passes import longest_row
 from rlhf_jax.schema import within
-from rlhf_jax.score import make_reader
+from rlhf_jax.score import make_reader, needs_prompt
 from rlhf_jax.training.writer import plain
 
 _log = logging.getLogger("rlhf_jax.label_confidence")  # __name__ is "__main__" when it is run
@@ -98,6 +98,9 @@ def _rows(records: JsonlSource, form: Form, opened: ModelFolder) -> list[Row]:
             names = (first_field(record, ("chosen",)), first_field(record, ("rejected",)))
             cut = (flag(record, "chosen_truncated"), flag(record, "rejected_truncated"))
             sides = form.halves(record, names, cut)
+            if needs_prompt(opened.config):
+                for side in sides:
+                    check_prompt(side)
             longest = max(len(side.tokens) for side in sides)
             if longest > widest:
                 raise ValueError(f"{longest} tokens, but {opened.path} has {widest} positions")

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from rlhf_jax.data.examples import ExampleSource, Row, pick
+from rlhf_jax.data.examples import ExampleSource, Row, check_prompt, pick
 from rlhf_jax.data.forms import Form
 from rlhf_jax.data.sources import Record, RecordSource, place
 from rlhf_jax.ops import probes as numbers
@@ -106,10 +106,15 @@ def _texts(texts: Texts, special: Sequence[bool]) -> list[Text]:
     return found
 
 
-def read_pairs(records: RecordSource, form: Form, tokenizer: Tokenizer) -> list[Asked]:
+def read_pairs(
+    records: RecordSource, form: Form, tokenizer: Tokenizer, *, prompted: bool = False
+) -> list[Asked]:
     """Probes from a file of one's own: lines with `probe`, `original`, `changed` and a prompt.
 
     ``changed_prompt`` takes the place of ``prompt`` for the changed text, for paraphrases.
+
+    Args:
+        prompted: prompts must have tokens; see `rlhf_jax.data.examples.check_prompt`.
 
     Raises:
         ValueError: naming file and line of what is no such pair.
@@ -120,18 +125,25 @@ def read_pairs(records: RecordSource, form: Form, tokenizer: Tokenizer) -> list[
         record = records[number]
         with within(place(records, number)):
             name = pick(record, ("probe",))
-            sides = [_written(form, record, field, special) for field in ("original", "changed")]
+            rows = [_written(form, record, field) for field in ("original", "changed")]
+            for row in rows if prompted else ():
+                check_prompt(row)
+            sides = [_text(row, special) for row in rows]
         asked = found.setdefault(name, Asked(f"pairs/{name}", "reward", [], [], _difference))
         asked.rows.append(sides)
         asked.groups.append(sides[0].prompt)
     return list(found.values())
 
 
-def _written(form: Form, record: Record, field: str, special: Sequence[bool]) -> Text:
+def _written(form: Form, record: Record, field: str) -> Row:
     """One side of a pair of one's own."""
     if field == "changed" and "changed_prompt" in record:
         record = record | {form.chat or "prompt": record["changed_prompt"]}
-    row: Row = form.written(record, pick(record, (field,)))
+    return form.written(record, pick(record, (field,)))
+
+
+def _text(row: Row, special: Sequence[bool]) -> Text:
+    """A row cut where the completion, and where the special tokens behind it begin."""
     end = len(row.tokens)
     while end > row.prompt and special[row.tokens[end - 1]]:
         end -= 1

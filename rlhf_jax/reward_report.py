@@ -13,6 +13,8 @@ from rlhf_jax.compile_watch import CompileWatch
 from rlhf_jax.fit import check_rows, head_names
 from rlhf_jax.mesh import fetch_host
 from rlhf_jax.models.completions import evaluate_texts, text_scores
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.heads import OUTCOME_HEAD, is_advantage
 from rlhf_jax.models.transformer import decoder
 from rlhf_jax.ops.reward_metrics import (
     auc,
@@ -21,6 +23,7 @@ from rlhf_jax.ops.reward_metrics import (
     clustered_interval,
     pair_correct,
 )
+from rlhf_jax.schema import within
 from rlhf_jax.types import Labelled, Pairs, Steps, Texts
 
 _log = logging.getLogger(__name__)
@@ -33,7 +36,8 @@ def report(config: ConfigDict, watch: CompileWatch) -> dict[str, float]:
     accuracy of "the longer wins"; steps give process_model/step_auc, /balanced_accuracy and the
     majority rate; correctness gives outcome_model/correctness_auc. Where two sources are of one
     kind, the names of both begin with the source's. Intervals are 95 %, over prompts: Wilson's for
-    accuracies, else by a bootstrap.
+    accuracies, else by a bootstrap. Of an advantage model r − e is measured, as `score` writes it
+    and a policy run is paid by it; the numbers that its own run logged are of r.
 
     Args:
         watch: counts what is compiled once the batches of a source are warm.
@@ -52,12 +56,21 @@ def report(config: ConfigDict, watch: CompileWatch) -> dict[str, float]:
             source = build.examples(f"reward.sources.{label}", section, text, config.seed)
             check_rows(f"reward.sources.{label}", section, source)
             batches = watch.loop(_batches(source, section.rows, mesh, rules))
-            score = functools.partial(forward, params)
             own = dict.fromkeys(heads, section.head) if "head" in section else {}
+            check_prompts(f"reward.sources.{label}", section.kind, source, described, heads | own)
+            score = functools.partial(forward, params)
             found = KINDS[section.kind](batches, score, heads | own)
             shared = sum(one.kind == section.kind for one in config.reward.sources.values()) > 1
             numbers |= {f"{label}/{name}" if shared else name: x for name, x in found.items()}
     return numbers
+
+
+def check_prompts(path, kind, source, described: ModelConfig, heads: Mapping[str, str]) -> None:
+    """Raises a ValueError for a record whose score needs a prompt that it has not."""
+    texts = kind != "steps" and heads["outcome_head"] == OUTCOME_HEAD
+    if texts and is_advantage(described.score_heads):
+        with within(path):
+            source.check_prompts()
 
 
 def _batches(source, rows: int, mesh, rules) -> Iterator[tuple[Pairs | Labelled | Steps, int]]:

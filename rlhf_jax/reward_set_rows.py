@@ -58,8 +58,14 @@ class RewardSet(NamedTuple):
         return np.unique(keys, return_inverse=True)[1]
 
 
-def read_set(label: str, section: ConfigDict, data: ConfigDict, text: Tokenizer) -> RewardSet:
+def read_set(
+    label: str, section: ConfigDict, data: ConfigDict, text: Tokenizer, *, asked: bool = False
+) -> RewardSet:
     """Reads and encodes one section of ``reward_sets``; touches no device.
+
+    Args:
+        asked: items whose prompt has no token are left out and counted, as an advantage model has
+            no score of them; see `rlhf_jax.data.examples.check_prompt`.
 
     Raises:
         ValueError: naming the section, and file and line where a record is not of the form; where
@@ -88,7 +94,7 @@ def read_set(label: str, section: ConfigDict, data: ConfigDict, text: Tokenizer)
         entries = []
         for record, item in items:
             with within(place(source, record)):
-                found = _encode(form, item, data, counts)
+                found = _encode(form, item, data, counts, asked)
             if found is not None:
                 entries.append(Entry(record, *found))
     counts["used"] = len(entries)
@@ -141,7 +147,9 @@ def _sampled(items: list[tuple[int, Samples]], pass_rates: Sequence[float], coun
     return [one for one, keep in zip(numbered, kept, strict=True) if keep]
 
 
-def _encode(form: Form, item: Any, data: ConfigDict, counts) -> tuple[Any, list[Row]] | None:
+def _encode(
+    form: Form, item: Any, data: ConfigDict, counts, asked: bool
+) -> tuple[Any, list[Row]] | None:
     """The item and its rows, None where it is left out; counts why."""
     if isinstance(item, Solution):
         item = _visible_steps(item)
@@ -162,6 +170,9 @@ def _encode(form: Form, item: Any, data: ConfigDict, counts) -> tuple[Any, list[
     if empty and not data.end_of_text:
         return None  # no token of theirs could be scored
     rows = [_row(form, item.prompt, text, data.end_of_text) for text in texts]
+    if asked and not all(row.prompt for row in rows):
+        counts["no_prompt"] += 1
+        return None
     limit, longest = data.max_length, max(len(row.tokens) for row in rows)
     if any(row.prompt >= limit for row in rows):
         counts["prompt_fills_window"] += 1

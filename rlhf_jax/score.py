@@ -37,7 +37,7 @@ import jax
 import numpy as np
 
 from rlhf_jax import model_folder, program, token_lines
-from rlhf_jax.data.examples import Row, pad_rows
+from rlhf_jax.data.examples import Row, check_prompt, pad_rows
 from rlhf_jax.data.sources import Record
 from rlhf_jax.label_samples import write_lines
 from rlhf_jax.mesh import ShardingRules, batch_shards, fetch_host, make_mesh, shard_batch
@@ -48,6 +48,7 @@ from rlhf_jax.models.heads import (
     EARLY_HEADS,
     EXPECTED_HEAD,
     LENGTH_HEAD,
+    OUTCOME_HEAD,
     QUALITY_HEAD,
     VALUE_HEAD,
     is_advantage,
@@ -117,12 +118,20 @@ def score(
 def _encode(encoder: Encoder, config: ModelConfig, record: Record, *, ended: bool) -> Row:
     """The tokens of a record; a ValueError where a model needs to know what its prompt is."""
     row = encoder.text(record, ended=ended)
-    if is_advantage(config.score_heads) and not row.prompt:
-        raise ValueError(
-            "an advantage model says how much better an answer is than its prompt's others, and "
-            "tokens alone have no prompt; give prompt and completion"
-        )
+    if needs_prompt(config):
+        check_prompt(row)
     return row
+
+
+def needs_prompt(config: ModelConfig) -> bool:
+    """Whether a text without a prompt has no score: an advantage model's, see `check_prompt`."""
+    return is_advantage(config.score_heads)
+
+
+def score_name(config: ModelConfig, name: str) -> str:
+    """A name of `Reading.score`, and what is taken off that number, for readers of a report."""
+    less = next((one.less for one in readings_of(config) if one.less and one.score == name), "")
+    return f"{name} ({OUTCOME_HEAD} less {less})" if less else name
 
 
 def readings_of(config: ModelConfig) -> list[Reading]:
@@ -145,7 +154,11 @@ def readings_of(config: ModelConfig) -> list[Reading]:
 def make_reader(
     opened: ModelFolder, mesh, rules
 ) -> Callable[[list[Line], int], list[dict[str, Any]]]:
-    """Lines of one batch and their padded width -> what is written of each."""
+    """Lines of one batch and their padded width -> what is written of each.
+
+    Rows for an advantage model have prompts: callers hold them to `check_prompt`, or leave
+    them out.
+    """
     model = decoder(opened.config, rules)
     params = model_folder.load_params(opened, mesh, rules)
     tables = token_tables(opened.text, vocab_size=opened.config.vocab_size)

@@ -187,7 +187,9 @@ def open_probes(
     text = build.tokenizer(config)
     form = {key: sources[label].get(key) for key in ("template", "chat")}
     with within("card.probes.pairs"):
-        return Probed(label, use, head, read_pairs(open_source(name), Form(text, **form), text))
+        own = dict(prompted="advantage" in config.reward)
+        asked = read_pairs(open_source(name), Form(text, **form), text, **own)
+        return Probed(label, use, head, asked)
 
 
 def train_reward(config: ConfigDict, workdir: str) -> RunState:

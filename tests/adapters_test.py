@@ -16,7 +16,6 @@ from rlhf_jax.policy_plan import make_plan
 from rlhf_jax.rewards.base import lend_base
 from rlhf_jax.train_policy import score_device, train_policy
 from rlhf_jax.train_reward import train_reward
-from tests import compiling
 from tests.cards import card
 
 TARGETS = ("query", "value", "down")
@@ -61,8 +60,7 @@ def folders(tmp_path_factory):
     rows = [dict(prompt=f"{i}+1=", chosen=str(i + 1), rejected=str(i)) for i in range(8)]
     data.write_text("\n".join(json.dumps(row) for row in rows))
     tokenizer = get_config().data.tokenizer
-    with compiling.shared_programs(root / "programs"):
-        train_reward(reward_config(base, data, tokenizer), str(root / "reward"))
+    train_reward(reward_config(base, data, tokenizer), str(root / "reward"))
     return base, root / "reward", other
 
 

@@ -12,7 +12,6 @@ from rlhf_jax import averages, evaluate_reward, learned_judge, model_folder, pol
 from rlhf_jax.mesh import ShardingRules, make_mesh
 from rlhf_jax.policy_plan import make_plan
 from rlhf_jax.train_reward import train_reward
-from tests import compiling
 from tests.ensemble_run_test import reward_config
 
 
@@ -32,11 +31,10 @@ def trained(tmp_path_factory):
     data = root / "pairs.jsonl"
     rows = [dict(prompt=f"{i}+1=", chosen=str(i + 1), rejected=str(i)) for i in range(8)]
     data.write_text("\n".join(json.dumps(row) for row in rows))
-    with compiling.shared_programs(root / "programs"):
-        for name, config in dict(
-            a=run_config(data, 0), b=run_config(data, 1), wide=run_config(data, 0, mlp_width=64)
-        ).items():
-            train_reward(config, str(root / name))
+    for name, config in dict(
+        a=run_config(data, 0), b=run_config(data, 1), wide=run_config(data, 0, mlp_width=64)
+    ).items():
+        train_reward(config, str(root / name))
     return {name: str(root / name) for name in ("a", "b", "wide")}
 
 

@@ -12,7 +12,7 @@ from rlhf_jax import card, card_page, sections
 from rlhf_jax.export import export
 from rlhf_jax.pipeline import add_to_cards
 from rlhf_jax.train_reward import check, open_probes, train_reward
-from tests import cards, compiling
+from tests import cards
 
 TRAIN, HELD = 12, 6
 
@@ -63,8 +63,7 @@ def config_of(root):
 def trained(tmp_path_factory):
     """The folder of a trained run, and that of its data."""
     root = tmp_path_factory.mktemp("card")
-    with compiling.shared_programs(root / "programs"):
-        train_reward(config_of(root), str(root / "run"))
+    train_reward(config_of(root), str(root / "run"))
     return root / "run"
 
 
@@ -109,6 +108,9 @@ def test_the_page_is_what_the_hub_reads(run, facts):
     assert loaded.data.base_model is None  # random weights
     for said in (*cards.PROVENANCE.values(), *facts["limits"], "sycophancy", "eval/held/accuracy"):
         assert said in loaded.text
+    joint = card_page.page(facts | dict(training=facts["training"] | dict(advantage={})))
+    for said in ("numbers are of r, the outcome head", "are of r − e, the outcome head less"):
+        assert said in joint and said not in loaded.text
     for title in ("Model", "Data and provenance", "Training", "Evaluation", "Probes"):
         assert f"\n## {title}\n" in loaded.text
     assert loaded.text.count("| pairs | Bradley-Terry") == 1

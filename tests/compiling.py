@@ -24,7 +24,8 @@ def settings(folder):
 def shared_programs(folder):
     """Within the context, this process compiles with these options.
 
-    All tests do, see `kept_programs` of tests/conftest.py: then the folder there is kept.
+    For `kept_programs` of tests/conftest.py, which holds in all tests. Where a folder is set
+    already, by the environment say, that one is kept.
     """
     if jax.config.jax_compilation_cache_dir:
         yield

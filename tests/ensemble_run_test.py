@@ -18,7 +18,6 @@ from rlhf_jax.policy_plan import make_plan
 from rlhf_jax.rewards.base import lend_base
 from rlhf_jax.train_policy import score_device
 from rlhf_jax.train_reward import check, train_reward
-from tests import compiling
 from tests.cards import card
 
 MEMBERS = 3
@@ -59,10 +58,9 @@ def folders(tmp_path_factory):
     data = root / "pairs.jsonl"
     rows = [dict(prompt=f"{i}+1=", chosen=str(i + 1), rejected=str(i)) for i in range(8)]
     data.write_text("\n".join(json.dumps(row) for row in rows))
-    with compiling.shared_programs(root / "programs"):
-        train_reward(reward_config(data, "linear"), str(root / "linear"))
-        train_reward(reward_config(data, "lora", start=root / "linear"), str(root / "lora"))
-        yield data, root / "linear", root / "lora"
+    train_reward(reward_config(data, "linear"), str(root / "linear"))
+    train_reward(reward_config(data, "lora", start=root / "linear"), str(root / "lora"))
+    return data, root / "linear", root / "lora"
 
 
 def test_they_learn_and_say_what_they_are(folders):

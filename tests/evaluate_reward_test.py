@@ -14,11 +14,13 @@ from rlhf_jax import evaluate_reward as er
 from rlhf_jax import sections
 from rlhf_jax.evaluate import evaluate
 from rlhf_jax.mesh import ShardingRules, make_mesh
+from rlhf_jax.model_folder import ModelFolder
 from rlhf_jax.models.completions import evaluate_texts
 from rlhf_jax.models.config import named_size
 from rlhf_jax.models.transformer import decoder
 from rlhf_jax.rehearse import rehearse
-from rlhf_jax.score import score
+from rlhf_jax.score import score, score_name
+from rlhf_jax.text.tokenizer import load_tokenizer
 from rlhf_jax.types import Texts
 from tests.model_folders import read, run_of, write
 
@@ -295,6 +297,22 @@ def test_bad_sets_are_named_before_a_device_is_touched(
     with pytest.raises(ValueError, match=message):
         er.evaluate_reward(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_an_advantage_model_has_no_score_of_a_text_without_prompt(tmp_path):
+    """A prompt that is there, and of which the template writes nothing."""
+    config = config_of("judge", one_set(tmp_path, "pairs", PAIRS[:2]))
+    folder = ModelFolder("judge", MODEL, load_tokenizer("byte"))
+    judge = dataclasses.replace(MODEL, score_heads=("outcome", "expected"))
+    advantage = folder._replace(config=judge)
+    for template, used in (("{prompt}", folder), ("", folder), ("{prompt}", advantage)):
+        config.data.template = template
+        assert er.open_sets(config, used)["bad"].counts["used"] == 2
+    config.data.template = ""
+    with pytest.raises(ValueError, match=r"reward_sets\.bad: nothing is left .*2 no_prompt"):
+        er.open_sets(config, advantage)
+    assert score_name(judge, er.heads_of(judge).score) == "score (outcome less expected)"
+    assert score_name(MODEL, er.heads_of(MODEL).score) == "score"
 
 
 @pytest.mark.parametrize(

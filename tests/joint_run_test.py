@@ -13,6 +13,7 @@ from configs.ppo_tiny import get_config as ppo_config
 from rlhf_jax import policy_run, roles, run_folder
 from rlhf_jax.evaluate import evaluate
 from rlhf_jax.export import export
+from rlhf_jax.fit import open_sources
 from rlhf_jax.learned_judge import make_learned
 from rlhf_jax.mesh import ShardingRules, make_mesh
 from rlhf_jax.policy_plan import make_plan
@@ -21,7 +22,6 @@ from rlhf_jax.score import readings_of, score
 from rlhf_jax.train_policy import score_device, train_policy
 from rlhf_jax.train_reward import check, train_reward
 from rlhf_jax.training.keys import Purpose
-from tests import compiling
 from tests.cards import card
 from tests.model_folders import read, write
 
@@ -66,8 +66,7 @@ def reward_config(data, kind, *, rank=0, start=""):
 def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("joint")
     write(folder / "pairs.jsonl", ROWS)
-    with compiling.shared_programs(folder / "programs"):
-        yield folder
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -259,10 +258,20 @@ def test_bad_configs_are_named_before_anything_runs(root):
     bad("odin", r"sources\.pairs\.kind='correctness' with reward\.odin",
         sources__pairs__kind="correctness")  # fmt: skip
     bad("odin", r"updates.*smoothing=0\.1: labels follow one head", updates__smoothing=0.1)
-    bad("odin", "ODIN with 2 members", reward__members=2, reward__ensemble="linear")
+    bad("odin", "^reward: ODIN with 2 members", reward__members=2, reward__ensemble="linear")
     bad("advantage", r"sources\.pairs\.template=''", sources__pairs__template="")
     bad("advantage", r"sources\.pairs\.head='outcome' with reward\.advantage",
         sources__pairs__head="outcome")  # fmt: skip
+    write(root / "unasked.jsonl", [*ROWS[:7], ROWS[7] | dict(prompt="")])
+    for part in ("sources.pairs", "eval.sources.held"):
+        config = reward_config(root / "pairs.jsonl", "advantage")
+        config.update_from_flattened_dict({f"{part}.name": f"jsonl:{root / 'unasked.jsonl'}"})
+        wanted = rf"{part}: .*unasked\.jsonl, line 8: the prompt has no tokens"
+        with pytest.raises(ValueError, match=wanted):
+            open_sources(check(config))
+    config.sources.pairs.name = config.eval.sources.held.name
+    config.reward = reward_config("", "odin").reward
+    assert len(open_sources(check(config)).sources["pairs"]) == 8  # no head reads its prompt
     for kind in KINDS:
         config = reward_config(root / "pairs.jsonl", kind)
         with config.unlocked():

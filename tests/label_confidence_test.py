@@ -1,6 +1,8 @@
 """Confidence of reward models in pairs: the numbers, and the source that reads them."""
 
 import json
+import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -69,3 +71,9 @@ def test_bad_input_is_named_before_anything_is_written(runs, tmp_path):
     refused(r"bad\.jsonl, line 2: no field rejected", [PAIRS[0], dict(prompt="1", chosen="2")])
     refused(r"bad\.jsonl, line 1: .*label", [PAIRS[0] | dict(label=2)])
     refused(r"bad\.jsonl, line 1: characters", [PAIRS[0] | dict(chosen="a")])
+    folder = pathlib.Path(shutil.copytree(runs["a"], tmp_path / "advantage"))
+    models = json.loads((folder / "model.json").read_text())
+    models["reward"]["score_heads"] = ["outcome", "expected"]
+    (folder / "model.json").write_text(json.dumps(models))
+    refused(r"bad\.jsonl, line 2: the prompt has no tokens", [PAIRS[0], PAIRS[1] | dict(prompt="")],
+            models=str(folder))  # fmt: skip

@@ -70,17 +70,16 @@ def runs(tmp_path_factory):
     handler = Kept(logging.WARNING)
     logging.getLogger("rlhf_jax.mismatch_watch").addHandler(handler)
     counted = {}
-    with compiling.shared_programs(tmp_path_factory.mktemp("programs")):
-        for place, config, steps in (
-            ("whole", watched(**watch_all()), STEPS),
-            ("parts", watched(**watch_all()), 5),
-            ("parts", watched(**watch_all()), STEPS),
-        ):
-            config.train.steps = steps
-            with pytest.MonkeyPatch.context() as patch:
-                started = compiling.remember_runs(patch)
-                train_policy(config, str(root / place))
-                counted[place] = compiling.times_compiled(started[0])
+    for place, config, steps in (
+        ("whole", watched(**watch_all()), STEPS),
+        ("parts", watched(**watch_all()), 5),
+        ("parts", watched(**watch_all()), STEPS),
+    ):
+        config.train.steps = steps
+        with pytest.MonkeyPatch.context() as patch:
+            started = compiling.remember_runs(patch)
+            train_policy(config, str(root / place))
+            counted[place] = compiling.times_compiled(started[0])
     logging.getLogger("rlhf_jax.mismatch_watch").removeHandler(handler)
     return root, warned, counted
 

@@ -34,7 +34,6 @@ from rlhf_jax.train_reward import train_reward
 from rlhf_jax.training.experience import make_experience
 from rlhf_jax.training.keys import Purpose, step_key
 from rlhf_jax.types import CompletionOutput, Prompts, Scores, TokenTables
-from tests import compiling
 from tests.cards import card
 from tests.models.load_test import KINDS, published, reference_logits, write_folder
 from tests.training import tiny
@@ -304,8 +303,7 @@ def test_a_reward_model_trains_on_every_family(kind, tmp_path):
     rows = [dict(prompt=f"{i}+1=", chosen=str(i + 1), rejected=str(i)) for i in range(8)]
     data.write_text("\n".join(json.dumps(row) for row in rows))
     workdir = tmp_path / "run"
-    with compiling.shared_programs(tmp_path / "programs"):
-        state = train_reward(reward_config(folder, data), str(workdir))
+    state = train_reward(reward_config(folder, data), str(workdir))
     metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert metrics[-1]["loss/pairs"] < 0.7 * metrics[0]["loss/pairs"]
     # The head that was learnt is what a policy run would load.

@@ -224,23 +224,22 @@ def folders(tmp_path_factory):
     """Two runs: one whole, one killed in the pretraining and once more behind a moved reference."""
     root = tmp_path_factory.mktemp("runs")
     states, counted = [], {}
-    with compiling.shared_programs(tmp_path_factory.mktemp("programs")):
-        with pytest.MonkeyPatch.context() as patch:
-            started = compiling.remember_runs(patch)
-            control = policy_run.PolicyRun.control
+    with pytest.MonkeyPatch.context() as patch:
+        started = compiling.remember_runs(patch)
+        control = policy_run.PolicyRun.control
 
-            def remember(run, state, step, metrics):
-                before = jax.device_get((state.reference, state.train.params["policy"]))
-                state, found = control(run, state, step, metrics)
-                states.append((*before, jax.device_get(state.reference)))
-                return state, found
+        def remember(run, state, step, metrics):
+            before = jax.device_get((state.reference, state.train.params["policy"]))
+            state, found = control(run, state, step, metrics)
+            states.append((*before, jax.device_get(state.reference)))
+            return state, found
 
-            patch.setattr(policy_run.PolicyRun, "control", remember)
-            train_policy.train_policy(everything(), str(root / "whole"))
-            counted = compiling.times_compiled(started[0])
-        killed_in(2 + 1, everything(), root / "parts")  # resumes at 2, the critic's last step
-        killed_in(6 + 1, everything(), root / "parts")
-        train_policy.train_policy(everything(), str(root / "parts"))
+        patch.setattr(policy_run.PolicyRun, "control", remember)
+        train_policy.train_policy(everything(), str(root / "whole"))
+        counted = compiling.times_compiled(started[0])
+    killed_in(2 + 1, everything(), root / "parts")  # resumes at 2, the critic's last step
+    killed_in(6 + 1, everything(), root / "parts")
+    train_policy.train_policy(everything(), str(root / "parts"))
     return root, states, counted
 
 

@@ -128,3 +128,7 @@ def test_pairs_of_ones_own_by_name():
     assert found["pairs/paraphrase"].effect.prompts == 3
     with pytest.raises(ValueError, match=r"record 0: no field probe"):
         read_pairs([dict(prompt="a", original="b", changed="c")], form, BYTES)
+    unasked = [records[0], records[0] | dict(prompt="")]
+    assert len(read_pairs(unasked, form, BYTES)[0].rows) == 2
+    with pytest.raises(ValueError, match=r"record 1: the prompt has no tokens, and an advantage"):
+        read_pairs(unasked, form, BYTES, prompted=True)

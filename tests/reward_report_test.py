@@ -1,10 +1,15 @@
 """What the report of a reward model counts: given labels, every record once, prompts as units."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from rlhf_jax.data.preferences import correctness
+from rlhf_jax.models.config import named_size
 from rlhf_jax.ops.reward_metrics import clustered_interval
-from rlhf_jax.reward_report import KINDS
+from rlhf_jax.reward_report import KINDS, check_prompts
+from rlhf_jax.text.tokenizer import load_tokenizer
 from rlhf_jax.types import Labelled, Pairs, Steps, Texts
 
 HEADS = {"outcome_head": "outcome", "process_head": "process"}
@@ -113,3 +118,18 @@ def test_an_advantage_model_is_judged_by_what_is_above_what_it_expects():
     for said, wanted in ((score, 0.0), (advantage, 1.0)):
         found = KINDS["correctness"](iter([(rows, 2)]), said, HEADS)
         assert found["outcome_model/correctness_auc"] == wanted
+
+
+def test_an_advantage_model_reads_no_text_without_a_prompt():
+    records = [dict(prompt=prompt, completion="x", label=1) for prompt in ("a", "")]
+    source = correctness(
+        [records], load_tokenizer("byte"), template="{prompt}", max_length=9, seed=0
+    )
+    judge = named_size("tiny", lm_head=False, score_heads=("outcome", "expected"))
+    with pytest.raises(ValueError, match=r"held: source 0, record 1: the prompt has no tokens"):
+        check_prompts("held", "correctness", source, judge, HEADS)
+    # Steps are read by the process head alone, and heads of one's own expect nothing.
+    check_prompts("held", "steps", source, judge, HEADS)
+    check_prompts("held", "correctness", source, judge, dict.fromkeys(HEADS, "tone"))
+    plain = dataclasses.replace(judge, score_heads=("outcome",))
+    check_prompts("held", "correctness", source, plain, HEADS)

@@ -10,7 +10,6 @@ from configs.ppo_tiny import get_config
 from rlhf_jax.policy_plan import make_plan
 from rlhf_jax.train_policy import train_policy
 from rlhf_jax.train_reward import train_reward
-from tests import compiling
 from tests.cards import card
 
 
@@ -41,8 +40,7 @@ def reward_run(tmp_path_factory):
             log=dict(every=1),
         )
     )
-    with compiling.shared_programs(root / "programs"):
-        train_reward(config, str(root / "run"))
+    train_reward(config, str(root / "run"))
     return root / "run"
 
 

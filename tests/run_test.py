@@ -30,7 +30,7 @@ TOLERANCE = 1e-5  # float32; sums are taken in another order
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
-    """The folder of compiled programs that all runs share."""
+    """The folder of compiled programs that all runs in processes of their own share."""
     return tmp_path_factory.mktemp("programs")
 
 
@@ -183,13 +183,12 @@ MESHES = [{"data": 2, "tensor": 2}, pytest.param({"data": 1, "fsdp": 4}, marks=p
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-def test_four_devices_are_one(whole, programs, tmp_path, mesh, monkeypatch):
+def test_four_devices_are_one(whole, tmp_path, mesh, monkeypatch):
     """Generate, score, evaluate and update give the numbers of one device; compiled once each."""
     config = get_config()
     config.mesh.update(mesh)
     started = compiling.remember_runs(monkeypatch)
-    with compiling.shared_programs(programs):
-        train_policy(config, str(tmp_path / "run"))
+    train_policy(config, str(tmp_path / "run"))
     compiled = compiling.times_compiled(started[0])
     assert compiled == dict.fromkeys(("generate", "score", "evaluate", "monitor", "update"), 1)
     assert summary(tmp_path / "run")["devices"].startswith("4 x")

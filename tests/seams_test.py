@@ -19,13 +19,6 @@ TOKEN = 5
 STEPS = 20
 
 
-@pytest.fixture(scope="module", autouse=True)
-def shared_programs(tmp_path_factory):
-    """Toys share most programs (sampling, say): what one compiled, the next ones load."""
-    with compiling.shared_programs(tmp_path_factory.mktemp("programs")):
-        yield
-
-
 def toy_config(algorithm, **rewards):
     """ppo_tiny on the toy task: short completions, one layer, a quick optimizer."""
     config = get_config()

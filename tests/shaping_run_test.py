@@ -69,13 +69,12 @@ def test_scores_compile_once_and_references_are_those_of_the_start():
 @pytest.mark.slow
 def test_a_run_compiles_once_and_resumes_bit_for_bit(tmp_path, monkeypatch):
     started = compiling.remember_runs(monkeypatch)
-    with compiling.shared_programs(tmp_path / "programs"):
-        whole = train_policy(small_config(), str(tmp_path / "whole"))
-        config = small_config()
-        config.train.steps = 2
-        train_policy(config, str(tmp_path / "parts"))
-        config.train.steps = 4
-        parts = train_policy(config, str(tmp_path / "parts"))
+    whole = train_policy(small_config(), str(tmp_path / "whole"))
+    config = small_config()
+    config.train.steps = 2
+    train_policy(config, str(tmp_path / "parts"))
+    config.train.steps = 4
+    parts = train_policy(config, str(tmp_path / "parts"))
     jax.tree.map(np.testing.assert_array_equal, whole, parts)
     assert lines(tmp_path / "whole", "metrics.jsonl") == lines(tmp_path / "parts", "metrics.jsonl")
     for run in started:

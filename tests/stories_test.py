@@ -24,7 +24,6 @@ from rlhf_jax.text.tokenizer import load_tokenizer
 from rlhf_jax.train_policy import train_policy
 from rlhf_jax.train_reward import train_reward
 from rlhf_jax.types import Rollouts, RunState
-from tests import compiling
 from tests.cards import card
 
 pytestmark = pytest.mark.data
@@ -61,13 +60,6 @@ class Samples(NamedTuple):
     texts: list[str]
     prompts: list[str]
     logprob: float
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_programs(tmp_path_factory):
-    """The run that samples and judges has programs of the run that trains: compiled once."""
-    with compiling.shared_programs(tmp_path_factory.mktemp("programs")):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from configs import ppo_tiny
 from rlhf_jax import fit, roles, train_dpo
 from rlhf_jax.mesh import make_mesh
 from rlhf_jax.rehearse import rehearse
-from tests import compiling
 from tests.bad_input_test import jsonl, made_once, put, refused, trained_run  # noqa: F401
 from tests.roles_test import RULES
 
@@ -70,11 +69,10 @@ def test_a_run_learns_stops_and_goes_on_as_if_it_had_not(trained, data, tmp_path
     config.sources.labels = labels
     config.eval.sources.labels = {k: v for k, v in labels.items() if k != "weight"}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    with compiling.shared_programs(tmp_path / "programs"):
-        last = train_dpo.train_dpo(config, str(whole))
-        for steps in (2, 4):
-            config.train.steps = steps
-            again = train_dpo.train_dpo(config, str(parts))
+    last = train_dpo.train_dpo(config, str(whole))
+    for steps in (2, 4):
+        config.train.steps = steps
+        again = train_dpo.train_dpo(config, str(parts))
     assert same(last.train.params, again.train.params)
     assert same(last.train.opt_state, again.train.opt_state)
     assert lines(whole)[2:] == lines(parts)[-2:]

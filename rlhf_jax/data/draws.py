@@ -129,6 +129,14 @@ class Draws:
             _log.info("kept %d of %d records that fit", len(chosen), len(self._kept))
         return [self._kept[place] for place in chosen]
 
+    def check(self, test: Callable[[Any], None]) -> None:
+        """Gives every encoded record that is drawn to `test`; its ValueError names the record."""
+        for at in self._kept:
+            try:
+                test(self._encoded(*at))
+            except ValueError as error:
+                raise ValueError(f"{self.place(*at)}: {error}") from error
+
     def get(self, position: int, rows: slice, n: int) -> list[Drawn]:
         """The rows `rows` of the batch of `n` records at `position`."""
         return [self._at(position + row) for row in range(*rows.indices(n))]

@@ -82,6 +82,17 @@ class ExampleSource:
         """Records of all sources, drawn or not: `Pairs.record` is below."""
         return self._draws.total
 
+    def check_prompts(self) -> None:
+        """Raises a ValueError that names the first drawn record with a row without prompt; see
+        `check_prompt`."""
+
+        def test(encoded: Any) -> None:
+            for row in [encoded] if isinstance(encoded, Row) else encoded:
+                if isinstance(row, Row):
+                    check_prompt(row)
+
+        self._draws.check(test)
+
     def reordered(self, seed: int) -> "ExampleSource":
         """The same records in the order of another seed."""
         other = copy.copy(self)
@@ -95,6 +106,19 @@ class ExampleSource:
         same batch.
         """
         return self._collate(self._draws.get(position, rows, n))
+
+
+def check_prompt(row: Row) -> None:
+    """Raises a ValueError for a row without a token of a prompt, where an advantage model reads it.
+
+    What it expects of a prompt it says at the prompt's last token. Without one it would be read at
+    the answer's first token, and so would have seen the answer.
+    """
+    if not row.prompt:
+        raise ValueError(
+            "the prompt has no tokens, and an advantage model says how much better an answer is "
+            "than its prompt's others; give prompt and completion, or leave the record out"
+        )
 
 
 def first_field(record: Record, fields: tuple[str, ...]) -> str:

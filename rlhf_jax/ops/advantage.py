@@ -25,9 +25,10 @@ What is trained has three terms, each for what the others cannot see:
   answers in the style of another task is paid for that as before. `bound="advantage"` is that form,
   with gradients into both; `tests/worlds/advantage_test.py` has what it leaves.
 * What a prompt's answers score after that is e's to learn, as a regression on scores of given
-  answers, whose gradient does not touch r. Answers are sampled from the policy before it trains
-  (importance weights π/π' are then 1) where the mixture has samples, else they are those of the
-  pairs.
+  answers. No gradient goes through its target: what is scored is not asked to be like what is
+  expected. But both heads read one trunk, so the regression moves what r is read from, and with it
+  r. Answers are sampled from the policy before it trains (importance weights π/π' are then 1)
+  where the mixture has samples, else they are those of the pairs.
 
 e does not see y, so a ranks the answers to a prompt as r does.
 """
@@ -103,7 +104,7 @@ def bounding(
 
 
 def expected_error(expected: Float[Array, " M"], scores: Float[Array, " M"]) -> Float[Array, " M"]:
-    """½ (e(x) − r(x, y'))², without a gradient into r. Over answers y' of a prompt it is least at
-    e(x) = mean r(x, y')."""
+    """½ (e(x) − r(x, y'))², without a gradient through the target r. Over answers y' of a prompt it
+    is least at e(x) = mean r(x, y')."""
     target = jax.lax.stop_gradient(scores.astype(jnp.float32))
     return 0.5 * jnp.square(expected.astype(jnp.float32) - target)

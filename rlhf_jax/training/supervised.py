@@ -133,10 +133,10 @@ def make_supervised_step(
         model, sources, role, microbatches, centre_coef, outcome_head, process_head
     )._replace(
         own_rows=own_rows(model.config),
-        smoothing=check_smoothing(model.config, smoothing),
+        smoothing=check_smoothing(model.config, smoothing, joint),
         heads=heads or {},
         direct=direct,
-        joint=check_joint(model.config, joint, smoothing),
+        joint=check_joint(model.config, joint),
     )
     if direct and smoothing:
         raise ValueError(f"smoothing={smoothing}: labels follow scores, and a policy gives none")
@@ -184,7 +184,7 @@ def make_supervised_evaluate(
     """
     objective = _objective(
         model, sources, role, microbatches, 0.0, outcome_head, process_head
-    )._replace(heads=heads or {}, direct=direct, joint=check_joint(model.config, joint, 0.0))
+    )._replace(heads=heads or {}, direct=direct, joint=check_joint(model.config, joint))
 
     def supervised_evaluate(params, frozen, mixture):
         return _evaluate(objective, params, frozen, mixture)
@@ -217,8 +217,8 @@ def label_tables(records: Mapping[str, int]) -> dict[str, Float[Array, " R"]]:
     return {name: jnp.full((total,), jnp.nan, jnp.float32) for name, total in records.items()}
 
 
-def check_smoothing(model: ModelConfig, smoothing: float) -> float:
-    """The given β; a ValueError if it is no share, or labels would follow an ensemble."""
+def check_smoothing(model: ModelConfig, smoothing: float, joint: Joint | None = None) -> float:
+    """The given β; a ValueError if it is no share, or labels would follow an ensemble, or ODIN."""
     if not 0 <= smoothing <= 1:
         raise ValueError(f"smoothing={smoothing}; wanted 0 (off) to 1, such as 0.1")
     if smoothing and model.members > 1:
@@ -226,15 +226,15 @@ def check_smoothing(model: ModelConfig, smoothing: float) -> float:
             f"smoothing={smoothing} with {model.members} members: labels follow one model; "
             "set smoothing to 0, or train one member"
         )
+    if smoothing and isinstance(joint, Odin):
+        raise ValueError(f"smoothing={smoothing}: labels follow one head, and ODIN has two")
     return smoothing
 
 
-def check_joint(model: ModelConfig, joint: Joint | None, smoothing: float) -> Joint | None:
-    """The given form; a ValueError if the model cannot have it, or labels would follow ODIN."""
+def check_joint(model: ModelConfig, joint: Joint | None) -> Joint | None:
+    """The given form; a ValueError if the model cannot have it."""
     if isinstance(joint, Odin):
         check_odin(model.score_heads, model.members)
-        if smoothing:
-            raise ValueError(f"smoothing={smoothing}: labels follow one head, and ODIN has two")
     if isinstance(joint, Advantage) and not is_advantage(model.score_heads):
         raise ValueError(
             "an advantage model has the heads 'outcome' and 'expected'; the model has "

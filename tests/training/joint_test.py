@@ -21,12 +21,14 @@ from rlhf_jax.training.supervised import (
     make_supervised_step,
 )
 from rlhf_jax.training.update import compile_update
+from rlhf_jax.types import Texts
 from tests.training.supervised_test import answers, blank, pairs, stack, steps
 from tests.training.tiny import RULES, assert_close, assert_equal, config, host, init, one_device
 from tests.training.tiny import texts as rows_of
 from tests.worlds.linear import linear_model, zero_heads
 
 WIDTH, VOCAB = 6, 16
+PAD = VOCAB  # embeds NaN
 ADVANTAGE, ODIN = ("outcome", "expected"), ("quality", "length")
 FORMS = {ADVANTAGE: advantage(margin=1.0, bound_coef=0.5, expected_coef=0.3), ODIN: odin()}
 
@@ -46,13 +48,31 @@ def given(rows=8, seed=0):
 
 @functools.cache
 def linear(heads):
-    """(model, parameters, features of tokens)."""
+    """(model, parameters, features of tokens); those of PAD are NaN."""
     rng = np.random.default_rng(3)
     start = jax.tree.map(
         lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), zero_heads(WIDTH, heads)
     )
     features = rng.normal(size=(VOCAB, WIDTH)).astype(np.float32)
-    return linear_model(WIDTH, heads), start, features
+    features = np.concatenate([features, np.full((1, WIDTH), np.nan, np.float32)])
+    return linear_model(WIDTH, heads, trunk=zero_padding), start, features
+
+
+def zero_padding(tree, rows, mask):
+    """The trunk of `linear`: padding embeds 0 whatever lies there, as in the decoder."""
+    del tree
+    return jnp.where(mask[..., None], rows, 0.0)
+
+
+def padded_by(token, mixture):
+    """The same texts with a token of its own in all padding."""
+
+    def put(texts):
+        if not isinstance(texts, Texts):
+            return texts
+        return dataclasses.replace(texts, tokens=np.where(texts.mask, texts.tokens, token))
+
+    return jax.tree.map(put, mixture, is_leaf=lambda leaf: isinstance(leaf, Texts))
 
 
 def said(heads, start, features, texts):
@@ -135,13 +155,27 @@ def test_a_step_is_the_gradient_of_the_whole_batchs_loss_in_any_parts(heads, mic
     assert metrics["update/terms_empty"] == 0
 
 
-def test_rows_of_padding_and_unequal_parts_change_nothing():
-    """The last part holds padding alone, the one before it fewer pairs than the others."""
+@pytest.mark.parametrize(
+    ("heads", "names"),
+    [
+        (ODIN, ("pairs/quality_correlation", "pairs/accuracy", "loss/pairs_length")),
+        (ADVANTAGE, ("pairs/expected", "pairs/accuracy", "loss/pairs_bound", "answers/score")),
+    ],
+)
+def test_rows_of_padding_and_unequal_parts_change_nothing(heads, names):
+    """The last part holds padding alone, the one before it fewer pairs than the others; NaN in what
+    padding embeds."""
     mixture = {"pairs": given(6)}
-    padded = {"pairs": stack(mixture["pairs"], blank(given(10)))}
-    (plain, before), (cut, after) = stepped(ODIN, mixture, 1), stepped(ODIN, padded, 4)
+    if heads == ADVANTAGE:
+        mixture |= {"answers": asked(rows_of(6, 8, 30))}
+    padded = {name: stack(rows, blank(stack(rows, rows))) for name, rows in mixture.items()}
+    padded = {name: jax.tree.map(lambda x: x[:16], rows) for name, rows in padded.items()}
+    (plain, before), (cut, after) = (
+        stepped(heads, padded_by(PAD, rows), parts) for rows, parts in ((mixture, 1), (padded, 4))
+    )
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(plain))
     assert_close(plain, cut, atol=2e-6)
-    for name in ("pairs/quality_correlation", "pairs/accuracy", "loss/pairs_length"):
+    for name in names:
         assert after[name] == pytest.approx(before[name], abs=1e-6)
 
 
@@ -182,13 +216,17 @@ def test_evaluation_judges_by_the_head_that_pays():
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_decoder_with_adapters_or_without_on_four_devices_in_parts(heads, rank):
     """The same step on one device at once and on four in two parts, NaN in what padding embeds."""
-    model = decoder(config(lm_head=False, score_heads=heads, lora_rank=rank), RULES)
+    sizes = config(vocab_size=VOCAB + 1, lm_head=False, score_heads=heads, lora_rank=rank)
+    model = decoder(sizes, RULES)
     mixture = {"pairs": given()}
     if heads == ADVANTAGE:
         mixture |= {"answers": answers(8)}
+    mixture = padded_by(PAD, mixture)
     found = []
     for mesh, parts in ((one_device(), 1), (make_mesh({"data": 2, "fsdp": 2}), 2)):
         tree = init(model, 0, mesh)
+        table = tree["embed"]["table"].at[PAD].set(jnp.nan)
+        tree = tree | {"embed": tree["embed"] | {"table": table}}
         trained, base = partition(tree, model.config)
         optimizer = optax.sgd(0.1)
         state = create_supervised_state(trained, optimizer, mesh)
@@ -203,6 +241,12 @@ def test_a_decoder_with_adapters_or_without_on_four_devices_in_parts(heads, rank
                 state, metrics = compiled(state, {"policy": base}, rows, jax.random.key(0))
         assert compiled._cache_size() == 1
         found.append((host(state.params), {n: float(m.total) for n, m in metrics.items()}))
+    for trees, _ in found:  # NaN where it was put, and nowhere else
+        embed = trees["policy"].get("embed")
+        if embed is not None:
+            assert np.isnan(embed["table"][PAD]).all()
+            embed["table"] = embed["table"][:PAD]
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trees))
     assert_close(found[0][0], found[1][0], atol=2e-5)
     assert found[0][1] == pytest.approx(found[1][1], abs=1e-4)
     assert not np.array_equal(
@@ -212,8 +256,9 @@ def test_a_decoder_with_adapters_or_without_on_four_devices_in_parts(heads, rank
 
 
 @pytest.mark.slow
-def test_what_is_expected_moves_no_score():
-    """e's error reaches its head and the trunk, and no other head."""
+def test_what_is_expected_moves_the_trunk_and_no_other_head():
+    """No gradient of e's error goes through its target, so the outcome head stays; scores move all
+    the same, as both heads read one trunk."""
     model = decoder(config(lm_head=False, score_heads=ADVANTAGE), RULES)
     params, rows = init(model, 0, one_device()), given()
     before = evaluate_texts(model, params, {}, rows.chosen).scores
@@ -229,7 +274,8 @@ def test_what_is_expected_moves_no_score():
     assert_equal(heads["outcome"], params["heads"]["outcome"])
     assert not np.array_equal(heads["expected"]["kernel"], params["heads"]["expected"]["kernel"])
     now = evaluate_texts(model, after["policy"], {}, rows.chosen).scores
-    assert not np.array_equal(before["expected"], now["expected"])
+    for name in ADVANTAGE:
+        assert not np.array_equal(before[name], now[name])
 
 
 def test_bad_models_are_named():

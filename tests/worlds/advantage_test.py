@@ -29,10 +29,12 @@ about as little as before. So the bound is on r.
 import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.models.completions import evaluate_texts, text_scores
 from rlhf_jax.ops.advantage import advantage
 from rlhf_jax.ops.calibration import calibration, pair_claims
 from rlhf_jax.ops.reward_metrics import pair_accuracy
@@ -148,15 +150,26 @@ def tilted(scores):
 
 
 @functools.cache
+def reader(names):
+    """(parameters, features, texts) -> scores, as evaluations and rewards read them."""
+    model = linear.linear_model(WIDTH, names)
+
+    @jax.jit
+    def read(parameters, features, rows):
+        found = evaluate_texts(model, parameters, {"features": features}, rows)
+        return text_scores(found.scores, rows, "outcome")
+
+    return read
+
+
+@functools.cache
 def outcome(form, seed) -> Outcome:
     world, rng, parameters = trained(form, seed)
 
     def scores(prompts, rows):
-        said = rows @ parameters["outcome"]["kernel"]
-        if FORMS[form] is None:
-            return said
-        kernel, bias = (parameters["expected"][name] for name in ("kernel", "bias"))
-        return said - (kernel[prompts] + bias)
+        features = np.concatenate([np.eye(CATEGORIES, WIDTH, dtype=np.float32), rows])
+        given = texts(prompts, CATEGORIES + np.arange(len(rows)))
+        return np.asarray(reader(heads(FORMS[form]))({"heads": parameters}, features, given))
 
     asked, better, worse = preferences(rng, world)
     sides = scores(asked, better), scores(asked, worse)

@@ -92,9 +92,8 @@ def make_plan(
     if starts:
         check_starts(config, described)
     trained = [role for role in ("policy", "value") if role in made]
-    made_optimizers = optimizers(
-        config, trained, lr_factor=sizes.lr_factor, pretrain=pretraining.steps
-    )
+    factors = dict(lr_factor=sizes.lr_factor, pretrain=pretraining.steps)
+    made_optimizers = optimizers(config, trained, **factors)
     # Reads every record, so after what is quick to see.
     prompts = None if later(config.data) else build.prompts(config, text)
     if prompts is not None:

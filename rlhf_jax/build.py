@@ -311,8 +311,8 @@ def _check_shaping(path: str, section: ConfigDict) -> None:
         )
     if "relative" in section and "optimizer" in section:
         raise ValueError(
-            f"{path}.relative holds scores of reference answers from the start, and a model with an "
-            "optimizer says others later on; leave relative out"
+            f"{path}.relative holds scores of reference answers from the start, and a model with "
+            "an optimizer says others later on; leave relative out"
         )
     for key in ("clip", "shrink"):
         if "relative" in section and section.get(key, 0.0) not in (0.0, 1.0):

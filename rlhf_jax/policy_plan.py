@@ -85,8 +85,7 @@ def make_plan(
     described = describe_models(config, text.vocab_size, algorithm, own)
     check_lengths(config, described)
     pretraining = make_pretraining(config, algorithm, described)
-    rollouts = sizes.prompts * sizes.samples
-    controls = make_controls(config, algorithm, described["policy"], rollouts)
+    controls = make_controls(config, algorithm, described["policy"], sizes.prompts * sizes.samples)
     watch = make_watch(config, algorithm.needs)
     made = {role: decoder(model, rules) for role, model in described.items()}
     if starts:

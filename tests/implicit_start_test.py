@@ -288,10 +288,10 @@ def test_the_models_schedule_has_no_steps_in_which_the_critic_trains_alone(monke
     monkeypatch.setattr(implicit_start, "make_learner", lambda *_: None)
     monkeypatch.setattr(implicit_start, "load_reference", lambda *_: None)
     config = policy_config("", "", train__steps=10)
-    model = decoder(tiny.config(), RULES)
+    model, mesh = decoder(tiny.config(), RULES), tiny.one_device()
     for pretrain, wanted in ((None, 10), (dict(steps=4), 6)):
         if pretrain is not None:
             config.value.pretrain = pretrain
         implicit_start.check(config, "implicit", model.config, translated=False)
-        implicit_start.resources(config, "implicit", model, {}, None, RULES)
+        implicit_start.resources(config, "implicit", model, {}, mesh, RULES)
         assert lengths[-2:] == [wanted, wanted]

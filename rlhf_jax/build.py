@@ -26,6 +26,7 @@ from rlhf_jax.ops.step_labels import check_how
 from rlhf_jax.policy_sections import AlgorithmWrappers, Shaping
 from rlhf_jax.rewards.base import (
     aggregate_steps,
+    begin_once,
     clip,
     combine,
     device_reward,
@@ -52,6 +53,7 @@ _RUN = ("kind", "weight", "rows", "head", "max_prompt", "tokenizer", "chat_templ
 RESOURCES = ("model", "params", "reference", "learner", "mesh", "decode", "records", "rows")
 # Keys of a reward's section that wrap the reward; all others go to its factory.
 _WRAPPERS = tuple(Wrappers.__annotations__)
+_OF_STEPS = ("process_model", "implicit_model")  # outcomes are 0 unless steps are aggregated
 # Keys of the algorithm's section that wrap the algorithm; all others go to its function.
 _AROUND = tuple(AlgorithmWrappers.__annotations__)
 
@@ -298,12 +300,19 @@ def check_reward(label: str, section: ConfigDict) -> None:
 
 
 def _check_shaping(path: str, section: ConfigDict) -> None:
-    """Raises a ValueError for wrappers with a memory that could not do what they say."""
-    remembers = [key for key in Shaping.__annotations__ if key in section]
-    if remembers and section.name == "process_model" and not section.get("aggregate", ""):
+    """Raises a ValueError for wrappers of outcomes that could not do what they say."""
+    wrapped = [key for key in Shaping.__annotations__ if key in section]
+    wrapped += [k for k, off in (("clip", 0.0), ("shrink", 1.0)) if section.get(k, off) != off]
+    if wrapped and section.name in _OF_STEPS and not section.get("aggregate", ""):
+        way = f" without {path}.aggregate; set it, or" if section.name == "process_model" else ";"
         raise ValueError(
-            f"{path}.{remembers[0]} changes scores of whole completions, and a process_model has "
-            f"none without aggregate; set {path}.aggregate, or leave {remembers[0]} out"
+            f"{path}.{wrapped[0]} changes scores of whole completions, and {section.name} has none"
+            f"{way} leave {wrapped[0]} out"
+        )
+    if "relative" in section and "optimizer" in section:
+        raise ValueError(
+            f"{path}.relative holds scores of reference answers from the start, and a model with "
+            "an optimizer says others later on; leave relative out"
         )
     for key in ("clip", "shrink"):
         if "relative" in section and section.get(key, 0.0) not in (0.0, 1.0):
@@ -330,7 +339,7 @@ def check_process(algorithm: str, rewards: ConfigDict) -> None:
     """Raises a ValueError if no reward with a weight can judge steps, for an algorithm that wants
     it. Of the shelf `process_model` and `implicit_model` do, and not once they are aggregated."""
     for section in rewards.values():
-        judges = section.name in ("process_model", "implicit_model") or "." in section.name
+        judges = section.name in _OF_STEPS or "." in section.name
         if judges and section.get("weight", 1.0) and not section.get("aggregate", ""):
             return
     raise ValueError(
@@ -346,7 +355,8 @@ def reward(label: str, section: ConfigDict, resources: Mapping[str, Any]) -> Rew
 
     A factory gets the resources that it names among its parameters (model, params, mesh,
     decode, records, rows), and the section's keys as values. A reward that is relative also wants
-    `references`, what asks it for the scores of reference answers, and `num_records`.
+    `references`, what asks it for the scores of reference answers, and `num_records`. The `init` of
+    one with parameters is for one call (`begin_once`).
     """
     path = f"rewards.{label}"
     factory = member(path, "rewards", section)
@@ -354,6 +364,8 @@ def reward(label: str, section: ConfigDict, resources: Mapping[str, Any]) -> Rew
     wanted = inspect.signature(factory).parameters
     values |= {k: v for k, v in resources.items() if k in wanted and k not in values}
     made = call(path, factory, values)
+    if "params" in wanted:
+        made = begin_once(made)
     if section.get("aggregate", ""):
         made = aggregate_steps(made, section.aggregate)
     if section.get("normalise", False):

@@ -26,7 +26,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.families import architecture
 from rlhf_jax.models.lora import partition
 from rlhf_jax.models.transformer import Model, decoder
-from rlhf_jax.ops.direct_preference import direct_preference
+from rlhf_jax.ops.direct_preference import MEANS, DirectPreference, direct_preference
 from rlhf_jax.schema import closest, within
 from rlhf_jax.text.hub import local_folder
 from rlhf_jax.training.checkpoint import restore_subtree
@@ -49,7 +49,12 @@ def check(config: ConfigDict, label: str, described: ModelConfig, *, translated:
     section, path = config.rewards[label], f"rewards.{label}"
     learns, judge = "optimizer" in section, section.get("label", "")
     if learns:
-        build.optimizer(f"{path}.optimizer", section.optimizer, config.train.steps)
+        build.optimizer(f"{path}.optimizer", section.optimizer, _steps(config))
+        if section.get("normalise", False):
+            raise ValueError(
+                f"{path}.normalise holds the spread of scores at the start, where a model that "
+                "learns beside the policy may say 0 of everything; leave it out, and set the weight"
+            )
         others = [name for name in config.rewards if name != label]
         if judge not in others:
             raise ValueError(
@@ -72,7 +77,8 @@ def check(config: ConfigDict, label: str, described: ModelConfig, *, translated:
             f"algorithm.credit='steps' reads scores at the ends of steps, and {path} scores every "
             "token; set its per='step'"
         )
-    check_reference(path, section, described, translated=translated)
+    start = config.model.get("init_from", "")
+    check_reference(path, section, described, translated=translated, policy=start)
 
 
 def check_frozen(
@@ -87,15 +93,25 @@ def check_frozen(
 
 
 def check_reference(
-    path: str, section: ConfigDict, described: ModelConfig, *, translated: bool
+    path: str,
+    section: ConfigDict,
+    described: ModelConfig,
+    *,
+    translated: bool,
+    policy: str = "",
 ) -> None:
-    """Raises a ValueError where scores cannot be carried over from other tokens, or no reference
-    can be had that says anything."""
+    """Raises a ValueError where scores cannot be carried over from other tokens, no reference can
+    be had that says anything, or the run that a model is from has no β for a sum over tokens.
+
+    Args:
+        policy: the folder that the policy starts from, and a model without one of its own with it.
+    """
     if translated and section.get("per", "token") != "step":
         raise ValueError(
             f"{path} reads other tokens than the policy writes, and only scores of steps can be "
             "carried over; set per='step', or name a model with the policy's tokenizer"
         )
+    _check_beta(path, section)
     learns = "optimizer" in section
     folder, start = section.get("reference", ""), section.get("init_from", "")
     if not folder:
@@ -106,6 +122,13 @@ def check_reference(
                 f"{path}.optimizer for a model that learns beside the policy"
             )
         return
+    start = start or policy
+    if not learns and start and _same(folder, start) and not section.get("average"):
+        raise ValueError(
+            f"{path}.reference={folder!r} is what the model starts from, and beside itself a model "
+            f"says 0. Set {path}.reference to another folder, or {path}.optimizer for a model that "
+            "learns beside the policy"
+        )
     with within(f"{path}.reference"):
         found, wanted = architecture(roles.described_in(folder)), architecture(described)
         for name in wanted:
@@ -144,10 +167,8 @@ def on_policy_base(section: ConfigDict, policy: ConfigDict) -> bool:
 
 def trained_beta(section: ConfigDict) -> dict[str, float]:
     """{"beta": β} of the run of `train_dpo` that a section starts from; else {}."""
-    if not _is_direct(section.get("init_from", "")):
-        return {}
-    settings = run_folder.read_json(_config_of(section.init_from))["dpo"]
-    return {"beta": direct_preference(**settings).beta}
+    values = _direct(section.get("init_from", ""))
+    return {} if values is None else {"beta": values.beta}
 
 
 def load_reference(
@@ -186,9 +207,27 @@ def resources(
     found |= {"reference": load_reference(section, model.config, params, mesh, rules)}
     if "optimizer" in section:
         path = f"rewards.{label}.optimizer"
-        optimizer = build.optimizer(path, section.optimizer, config.train.steps)
+        optimizer = build.optimizer(path, section.optimizer, _steps(config))
         found["learner"] = make_learner(optimizer, model, mesh)
     return found
+
+
+def _check_beta(path: str, section: ConfigDict) -> None:
+    """Raises a ValueError for a β that was trained beside a mean over tokens, if none is set."""
+    values = _direct(section.get("init_from", ""))
+    if values is not None and values.loss in MEANS and "beta" not in section:
+        raise ValueError(
+            f"{path}.init_from={section.init_from!r} was trained with dpo.loss={values.loss!r}, "
+            f"whose beta={values.beta} is of the mean over an answer's tokens; {section.name} pays "
+            f"each token, and so the sum. Set {path}.beta, such as that by the answers' length in "
+            "tokens, or train with dpo.loss='sigmoid'"
+        )
+
+
+def _steps(config: ConfigDict) -> int:
+    """The steps in which rewards learn: none of those in which the critic trains alone."""
+    pretrain = config.get("value", {}).get("pretrain") or {}
+    return max(config.train.steps - pretrain.get("steps", 0), 1)  # 0 is refused with the critic
 
 
 def _reference_of(folder: str, mesh: Mesh, rules: ShardingRules) -> Params:
@@ -204,6 +243,13 @@ def _reference_of(folder: str, mesh: Mesh, rules: ShardingRules) -> Params:
         shardings_for(model.axes(), shapes, mesh, rules),
     )
     return restore_subtree(folder, ("reference",), target)
+
+
+def _direct(folder: str) -> DirectPreference | None:
+    """The loss of the run of `train_dpo` whose folder it is; None for other folders."""
+    if not _is_direct(folder):
+        return None
+    return direct_preference(**run_folder.read_json(_config_of(folder))["dpo"])
 
 
 def _is_direct(folder: str) -> bool:

@@ -85,16 +85,14 @@ def make_plan(
     described = describe_models(config, text.vocab_size, algorithm, own)
     check_lengths(config, described)
     pretraining = make_pretraining(config, algorithm, described)
-    rollouts = sizes.prompts * sizes.samples
-    controls = make_controls(config, algorithm, described["policy"], rollouts)
+    controls = make_controls(config, algorithm, described["policy"], sizes.prompts * sizes.samples)
     watch = make_watch(config, algorithm.needs)
     made = {role: decoder(model, rules) for role, model in described.items()}
     if starts:
         check_starts(config, described)
     trained = [role for role in ("policy", "value") if role in made]
-    made_optimizers = optimizers(
-        config, trained, lr_factor=sizes.lr_factor, pretrain=pretraining.steps
-    )
+    factors = dict(lr_factor=sizes.lr_factor, pretrain=pretraining.steps)
+    made_optimizers = optimizers(config, trained, **factors)
     # Reads every record, so after what is quick to see.
     prompts = None if later(config.data) else build.prompts(config, text)
     if prompts is not None:

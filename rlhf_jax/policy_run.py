@@ -169,6 +169,7 @@ def start(plan: PolicyPlan) -> tuple[PolicyRun, RunState]:
         carry={},
         data_position={name: np.asarray(0, np.int32) for name in names},
     )
+    del policy, params, learned, train, initial  # the state has what lives on
     return run, _calibrate(run, state)
 
 
@@ -216,7 +217,7 @@ def _value_params(
 
 
 def _rewards(plan: PolicyPlan, learned: Mapping[str, Params]) -> dict[str, Reward]:
-    """The rewards by place; learned ones hold their parameters as their initial state."""
+    """The rewards by place; learned ones hold their parameters until their state is made."""
     members = {}
     for label, section in plan.config.rewards.items():
         resources = {

@@ -23,6 +23,7 @@ from rlhf_jax.types import Metrics, Rollouts, RunState, Scores
 
 _log = logging.getLogger(__name__)
 _NONE: Mapping[str, float] = {}
+_WATCHED = ("loss/", "update/loss", "policy/grad_norm", "value/grad_norm")
 
 
 class RunLog:
@@ -107,17 +108,23 @@ class RunLog:
         self._watch(step, numbers)
 
     def _watch(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Stops a run whose updates are not finite any more."""
+        """Stops a run whose updates, or those of a reward that learns, are not finite any more."""
         if numbers.get("update/skipped", 0.0):
             share = 100 * numbers["update/skipped"]
             _log.warning("step %d: %.0f %% of updates were not finite", step, share)
-        limit, in_row = self._config.train.max_skipped, numbers.get("update/skipped_in_row", 0.0)
-        if in_row >= limit:
-            watched = ("loss/", "update/loss", "policy/grad_norm", "value/grad_norm")
+        limit = self._config.train.max_skipped
+        for name, in_row in numbers.items():
+            who, _, last = name.rpartition("/")
+            own = who == "update" or who.startswith("reward/")
+            if not own or last != "skipped_in_row" or in_row < limit:
+                continue
+            watched, whose = (f"{who}/",), f" of {who}"
+            if who == "update":
+                watched, whose = _WATCHED, ""
             bad = sorted(n for n, number in numbers.items() if not math.isfinite(number))
             named = [n for n in bad if n.startswith(watched)] or bad
             raise FloatingPointError(
-                f"step {step}: {in_row:.0f} updates in a row were not finite "
+                f"step {step}: {in_row:.0f} updates{whose} in a row were not finite "
                 f"(train.max_skipped={limit}); not finite: {', '.join(named) or 'gradients'}; "
                 f"last good checkpoint: step {self._saved} in {self._folder / 'checkpoints'}"
             )

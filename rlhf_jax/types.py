@@ -292,7 +292,7 @@ class Algorithm(NamedTuple):
 class Learner(NamedTuple):
     """How a reward that learns beside the policy takes one step of its optimizer.
 
-    init(params) -> state of the optimizer, laid out like the parameters
+    init(params) -> state: the optimizer's, laid out like the parameters, and what steps count
     step(params, state, forward, loss, chunks) -> (params, state, metrics)
         forward(params, chunk) -> output; loss(output, chunk) -> (dict[str, Term], metrics)
         chunks: leaves [chunks, rows, ...], one forward pass each

@@ -1,8 +1,11 @@
 """Implicit reward models from folders: and what they are beside."""
 
 import dataclasses
+import gc
 import json
+import pathlib
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -23,6 +26,7 @@ from tests import compiling
 from tests.bad_input_test import jsonl, put, trained_run  # noqa: F401
 from tests.roles_test import RULES
 from tests.train_dpo_test import PAIRS, config_of, lines, same
+from tests.training import tiny
 
 BETA = 0.2  # of `config_of`
 FROZEN = dict(rewards__implicit__optimizer=KeyError, rewards__implicit__label=KeyError)
@@ -88,8 +92,16 @@ def policy_config(start, reward, rank=0, **changes):
 def began(config):
     """The state of the implicit reward at step 0, and the plan."""
     plan = make_plan(config)
+    before = jax.live_arrays()
     with jax.set_mesh(plan.mesh):
-        _, state = policy_run.start(plan)
+        run, state = policy_run.start(plan)
+    gc.collect()
+    # Of the run's arrays only the state is left: it has all parameters, and has them once.
+    known = {id(x) for x in (*before, *jax.tree.leaves(state))}
+    rest = [x.shape for x in jax.live_arrays() if id(x) not in known]
+    assert not rest, rest
+    with pytest.raises(RuntimeError, match="implicit_model gave its parameters away"):
+        run.rewards["device"].init()
     return state.rewards["device"]["implicit"], state, plan
 
 
@@ -157,6 +169,7 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(folders, tmp_path, monkeypatch, 
     assert lines(whole)[-1] == lines(parts)[-1]
     first = json.loads((whole / "metrics.jsonl").read_text().splitlines()[0])
     assert first["reward/implicit"] != 0.0 and first["reward/implicit/skipped"] == 0.0
+    assert first["reward/implicit/skipped_in_row"] == 0.0
     assert first["reward/implicit/loss"] > 0 and first["reward/implicit/grad_norm"] > 0
     assert 0 <= first["reward/implicit/right"] <= 1
 
@@ -219,12 +232,65 @@ BAD = [
     (dict(rewards__implicit__beta="x"), "rewards.implicit.beta='x' is str; wanted float"),
     (dict(algorithm=dict(name="grpo", credit="steps")), "set its per='step'"),
     (dict(rewards__implicit__weight=0.0), "prime with these keys trains on scores of steps"),
-]
+    (dict(rewards__implicit__normalise=True), "rewards.implicit.normalise holds the spread"),
+    (FROZEN | dict(rewards__implicit__reference="START"), "reference='.*' is what the model"),
+    (
+        FROZEN | dict(rewards__implicit__reference="START", rewards__implicit__init_from=""),
+        "rewards.implicit.reference='.*' is what the model starts from, and beside itself a model",
+    ),
+    *(
+        ({f"rewards__implicit__{key}": value}, f"implicit.{key} .* implicit_model has none; leave")
+        for key, value in (
+            ("length_penalty", dict(tokens=8)), ("scale", dict(limit=1.0)),
+            ("relative", dict(answers="prompt")), ("clip", 3.0), ("shrink", 0.5),
+        )
+    ),
+    (
+        dict(
+            rewards__implicit__name="rlhf_jax.rewards.implicit_model",
+            rewards__implicit__relative=dict(answers="prompt"),
+        ),
+        "rewards.implicit.relative holds scores of reference answers",
+    ),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("changes", "said"), BAD)
 def test_what_cannot_be_is_refused_when_it_is_planned(folders, changes, said):
+    changes = {k: folders["start"] if v == "START" else v for k, v in changes.items()}
     config = policy_config(folders["start"], folders["start"], **changes)
     with pytest.raises(ValueError) as error:
         make_plan(config)
     assert re.search(said, str(error.value)), error.value
+
+
+@pytest.mark.parametrize("loss", ["sigmoid_norm", "ipo"])
+def test_what_was_trained_on_means_over_tokens_needs_a_beta(folders, tmp_path, loss):
+    """One of the sum: the reward pays each token."""
+    folder = shutil.copytree(folders["whole"], tmp_path / loss)
+    saved = pathlib.Path(folder, "config.json")
+    written = json.loads(saved.read_text())
+    written["dpo"]["loss"] = loss
+    saved.write_text(json.dumps(written))
+    config = policy_config(folders["start"], str(folder), **FROZEN)
+    with pytest.raises(ValueError, match=f"dpo.loss='{loss}', whose beta=0.2 is of the mean.*Set"):
+        make_plan(config)
+    config.rewards.implicit.beta = 0.02
+    make_plan(config)
+
+
+def test_the_models_schedule_has_no_steps_in_which_the_critic_trains_alone(monkeypatch):
+    lengths = []
+    monkeypatch.setattr(
+        implicit_start.build, "optimizer", lambda _, s, steps: lengths.append(steps)
+    )
+    monkeypatch.setattr(implicit_start, "make_learner", lambda *_: None)
+    monkeypatch.setattr(implicit_start, "load_reference", lambda *_: None)
+    config = policy_config("", "", train__steps=10)
+    model, mesh = decoder(tiny.config(), RULES), tiny.one_device()
+    for pretrain, wanted in ((None, 10), (dict(steps=4), 6)):
+        if pretrain is not None:
+            config.value.pretrain = pretrain
+        implicit_start.check(config, "implicit", model.config, translated=False)
+        implicit_start.resources(config, "implicit", model, {}, mesh, RULES)
+        assert lengths[-2:] == [wanted, wanted]

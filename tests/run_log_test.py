@@ -100,6 +100,17 @@ def test_too_many_updates_that_are_not_finite_in_a_row_stop_the_run(tmp_path, me
         assert "reward/never" not in str(error.value)
 
 
+def test_a_reward_that_learns_is_watched_as_the_policy_is(tmp_path, mesh):
+    with RunLog(tmp_path, config()) as log:
+        log.restore(new_state(mesh))
+        own = {"reward/implicit/loss": single(math.nan)}
+        for count in (2.0, 3.0):
+            log.metrics(0, numbers() | own | {"reward/implicit/skipped_in_row": single(count)})
+        said = r"3 updates of reward/implicit in a row.*not finite: reward/implicit/loss;"
+        with pytest.raises(FloatingPointError, match=said):
+            log.metrics(1, numbers())
+
+
 def test_the_last_line_is_that_of_the_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert last_line(path, 0) == {}

@@ -94,7 +94,7 @@ def test_a_run_compiles_once_and_resumes_bit_for_bit(tmp_path, monkeypatch):
         (dict(length_penalty=dict(tokens=0)), r"outcome.length_penalty.tokens=0; wanted 1"),
         (
             dict(name="process_model", head="process"),
-            r"rewards.outcome.relative changes scores of whole completions, and a process_model",
+            r"outcome.relative changes scores of whole completions, and process_model has none wi",
         ),
     ],
 )

@@ -6,6 +6,8 @@ updating in microbatches gives ratios other than 1 on most tokens (2.7e-5 in flo
 chunks the first ratio is exactly 1.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
@@ -63,11 +65,16 @@ def evaluate_completions(
     return join_chunks(out, group)
 
 
-def split_rollouts(rollouts: Rollouts, chunks: int) -> Rollouts:
-    """Rollouts with a leading axis of chunks that hold whole groups and their prompts."""
-    prompts = rollouts.prompts.tokens.shape[0]
+def split_rollouts(tree: Any, chunks: int) -> Any:
+    """The tree with a leading axis of chunks that hold whole groups and their prompts.
+
+    Args:
+        tree: `Rollouts`, or what holds them beside more of their rows: leaves of N rows (the
+            prompts' own) and of N·K.
+    """
+    prompts = min(x.shape[0] for x in jax.tree.leaves(tree))
     # Rows per prompt: 1 for the prompts' own leaves, K for the others.
-    return jax.tree.map(lambda x: split_chunks(x, chunks, x.shape[0] // prompts), rollouts)
+    return jax.tree.map(lambda x: split_chunks(x, chunks, x.shape[0] // prompts), tree)
 
 
 def evaluate_chunk(

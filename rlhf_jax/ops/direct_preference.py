@@ -46,7 +46,7 @@ from rlhf_jax.ops.preference import correctness
 from rlhf_jax.types import Array
 
 LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo")
-_MEANS = ("sigmoid_norm", "ipo")  # those whose Δ is a mean over tokens
+MEANS = ("sigmoid_norm", "ipo")  # those whose Δ is a mean over tokens
 
 
 class DirectPreference(NamedTuple):
@@ -115,7 +115,7 @@ def answers(
 
     Δ is summed from differences of tokens: sums of whole answers are large, their difference small.
     """
-    change = masked_mean if values.loss in _MEANS else masked_sum
+    change = masked_mean if values.loss in MEANS else masked_sum
     return Answers(
         change=change(logprobs - reference, counted, axis=-1),
         logprob=masked_sum(logprobs, counted, axis=-1),

@@ -29,13 +29,6 @@ def token_rewards(
     return beta * (logprobs.astype(jnp.float32) - reference.astype(jnp.float32))
 
 
-def prefix_rewards(
-    rewards: Float[Array, "B T"], step_ends: Bool[Array, "B T"]
-) -> Float[Array, "B T"]:
-    """q_s at the last token of step s, 0 elsewhere."""
-    return fill_padding(jnp.cumsum(rewards, axis=-1), step_ends)
-
-
 def step_rewards(
     rewards: Float[Array, "B T"], step_ends: Bool[Array, "B T"]
 ) -> Float[Array, "B T"]:

@@ -25,6 +25,7 @@ __all__ = [
     "Records",
     "add_scores",
     "aggregate_steps",
+    "begin_once",
     "clip",
     "combine",
     "device_reward",
@@ -54,6 +55,28 @@ def learned_state(model: Model, params: Params) -> dict[str, Params]:
     """
     lent = {_BASE: {}} if model.config.lora_rank and "embed" not in params else {}
     return {"params": params, **lent}
+
+
+def begin_once(reward: Reward) -> Reward:
+    """A reward that gives its parameters away: `init` works once, and holds nothing after it.
+
+    Whatever wraps the reward keeps its `init` for as long as it lives. Parameters held there would
+    lie on the devices beside the state that was made of them, which updates replace.
+
+    Raises:
+        RuntimeError: by a second `init`.
+    """
+    name, held = reward.name, [reward.init]  # and not the reward itself
+
+    def init():
+        if not held:
+            raise RuntimeError(
+                f"{name} gave its parameters away with its first state; keep that state, or "
+                "make the reward again"
+            )
+        return held.pop()()
+
+    return reward._replace(init=init)
 
 
 def lend_base(state: Any, base: Params) -> Any:

@@ -9,14 +9,12 @@ the policy that it pays.
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
-from rlhf_jax.models.completions import evaluate_chunk, evaluate_completions
+from rlhf_jax.models.completions import evaluate_chunk, evaluate_completions, split_rollouts
 from rlhf_jax.models.lora import join
 from rlhf_jax.models.transformer import Model, decoder
-from rlhf_jax.ops.groups import split_chunks
 from rlhf_jax.ops.implicit import step_rewards, token_rewards
 from rlhf_jax.ops.masking import masked_sum, mean_of
 from rlhf_jax.ops.preference import correctness
@@ -57,7 +55,7 @@ def implicit_model(
 
     Metrics of it: ``loss``, ``accuracy`` ("R > 0" against z), ``accuracy_right``,
     ``accuracy_wrong``, ``right`` (the share of z), ``reward_right`` and ``reward_wrong`` (mean R),
-    ``grad_norm``, ``skipped``. Scores of a batch are from before the step on it.
+    ``grad_norm``, ``skipped``, ``skipped_in_row``. Scores of a batch are from before its step.
 
     Args:
         params: the model's parameters, or its adapters; they become the reward's state.
@@ -103,9 +101,9 @@ def implicit_model(
         if label not in scores.parts:
             raise ValueError(f"label={label!r} is no reward; rewards: {sorted(scores.parts)}")
         right = scores.parts[label] > threshold
-        chunks = _split(
-            _Chunk(rollouts=rollouts, right=right, reference=before(state, rollouts)), rows
-        )
+        batch = _Chunk(rollouts=rollouts, right=right, reference=before(state, rollouts))
+        total = rollouts.tokens.shape[0]
+        chunks = split_rollouts(batch, 1 if rows is None else total // rows)
         base = state.get("lent_base", {})
 
         def forward(own, chunk):
@@ -139,14 +137,6 @@ def _check(model, params, reference, learner, beta, per, label) -> None:
             f"implicit_model: label={label!r} says which completions are right for a model that "
             "learns; give it with an optimizer, or neither"
         )
-
-
-def _split(batch: _Chunk, rows: int | None) -> _Chunk:
-    """The batch with a leading axis of chunks that hold whole groups and their prompts."""
-    prompts, total = (x.tokens.shape[0] for x in (batch.rollouts.prompts, batch.rollouts))
-    chunks = 1 if rows is None else total // rows
-    # Rows per prompt: 1 for the prompts' own leaves, K for the others.
-    return jax.tree.map(lambda x: split_chunks(x, chunks, x.shape[0] // prompts), batch)
 
 
 def _loss(beta, logprobs, chunk):

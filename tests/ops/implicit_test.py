@@ -1,8 +1,8 @@
-"""Implicit rewards of tokens, steps and prefixes, against loops; padding holds NaN."""
+"""Implicit rewards of tokens and steps, against loops; padding holds NaN."""
 
 import numpy as np
 
-from rlhf_jax.ops.implicit import prefix_rewards, step_rewards, token_rewards
+from rlhf_jax.ops.implicit import step_rewards, token_rewards
 
 LENGTHS = (5, 3, 1, 0, 4)
 WIDTH = 5
@@ -28,18 +28,16 @@ def test_the_sum_of_a_completion_is_the_log_ratio_of_the_whole():
     np.testing.assert_array_equal(rewards[~mask], 0)
 
 
-def test_steps_and_prefixes_against_loops():
+def test_steps_against_loops():
     ours, theirs, mask, ends = batch(1)
     rewards = token_rewards(ours, theirs, mask, beta=2.0)
-    steps, prefixes = (np.asarray(f(rewards, ends)) for f in (step_rewards, prefix_rewards))
-    wanted = np.zeros((2, *mask.shape))
+    steps = np.asarray(step_rewards(rewards, ends))
+    wanted = np.zeros(mask.shape)
     for i in range(len(LENGTHS)):
-        whole = step = 0.0
+        step = 0.0
         for t, reward in enumerate(np.asarray(rewards)[i]):
-            whole, step = whole + reward, step + reward
+            step += reward
             if ends[i, t]:
-                wanted[:, i, t] = step, whole
-                step = 0.0
-    np.testing.assert_allclose(steps, wanted[0], atol=1e-6)
-    np.testing.assert_allclose(prefixes, wanted[1], atol=1e-6)
+                wanted[i, t], step = step, 0.0
+    np.testing.assert_allclose(steps, wanted, atol=1e-6)
     np.testing.assert_allclose(steps.sum(1), np.asarray(rewards).sum(1), atol=1e-6)

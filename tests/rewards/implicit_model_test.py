@@ -149,9 +149,13 @@ def test_a_step_that_is_not_finite_changes_nothing():
     reward, _, update = whole()
     before = reward.init()
     broken = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), before["reference"])
-    after, found = one_step(update, {**before, "reference": broken}, RIGHT)
-    assert found["skipped"] == 1.0
+    after = {**before, "reference": broken}
+    for count in (1.0, 2.0):
+        after, found = one_step(update, after, RIGHT)
+        assert found["skipped"] == 1.0 and found["skipped_in_row"] == count
     assert_equal(before["params"], after["params"])
+    _, found = one_step(update, {**after, "reference": before["reference"]}, RIGHT)
+    assert found["skipped"] == found["skipped_in_row"] == 0.0
 
 
 def test_chunks_and_devices_change_nothing():

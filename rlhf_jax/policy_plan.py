@@ -103,18 +103,7 @@ def make_plan(
         value=made.get("value"),
         reference=decoder(reference, rules) if algorithm.needs.reference else None,
     )
-    for name in config.extra:
-        if name not in algorithm.needs.extra:
-            raise ValueError(
-                f"extra.{name} is read by nothing; say algorithm.rehearsal=dict(weight=0.1), which "
-                "reads extra.rehearsal, or leave it out"
-            )
-        build.check_source(f"extra.{name}", config.extra[name])
-    extra = {
-        name: build.examples(f"extra.{name}", config.extra[name], text, config.seed)
-        for name in algorithm.needs.extra
-        if not later(config.extra[name])
-    }
+    extra = _extra_rows(config, text, algorithm, later)
     return PolicyPlan(
         config=config,
         mesh=mesh,
@@ -134,6 +123,22 @@ def make_plan(
         writers=writers(config, own, {k: described[f"reward/{k}"].vocab_size for k in own}),
         watch=watch,
     )
+
+
+def _extra_rows(config, text, algorithm, later) -> dict[str, ExampleSource]:
+    """The auxiliary sources that the algorithm reads, and that are there already."""
+    for name in config.extra:
+        if name not in algorithm.needs.extra:
+            raise ValueError(
+                f"extra.{name} is read by nothing; say algorithm.rehearsal=dict(weight=0.1), which "
+                "reads extra.rehearsal, or leave it out"
+            )
+        build.check_source(f"extra.{name}", config.extra[name])
+    return {
+        name: build.examples(f"extra.{name}", config.extra[name], text, config.seed)
+        for name in algorithm.needs.extra
+        if not later(config.extra[name])
+    }
 
 
 def make_pretraining(

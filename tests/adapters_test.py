@@ -73,6 +73,7 @@ def policy_config(base, reward):
     return config
 
 
+@pytest.mark.slow  # in one run; tests/seams_test.py has the roles on one base
 def test_every_role_is_adapters_on_one_base(folders, tmp_path):
     base, reward, _ = folders
     config = policy_config(base, reward)

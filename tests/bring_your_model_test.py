@@ -31,6 +31,7 @@ def printed(notebook):
     return "".join(output.text for output in outputs if output.output_type == "stream")
 
 
+@pytest.mark.slow  # its steps, one by one: export, peft, generate and adapters tests
 def test_the_model_comes_home(executed):
     notebook, folder = executed
     assert "largest difference" in printed(notebook)
@@ -39,6 +40,7 @@ def test_the_model_comes_home(executed):
         assert (folder / name / "tokenizer.json").is_file()
 
 
+@pytest.mark.slow
 def test_its_adapters_were_trained(executed):
     _, folder = executed
     summary = json.loads((folder / "run" / "summary.json").read_text())

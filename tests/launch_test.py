@@ -263,14 +263,15 @@ def test_skips_for_absent_data_are_counted_aloud(tmp_path):
     shutil.copy(ROOT / "tests/conftest.py", tmp_path)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--import-mode=importlib"]
     command += ["-o", "markers=slow: s\ndata: d", "-o", "python_files=*_test.py", tmp_path]
+    given = os.environ | {"PYTHONPATH": str(ROOT)}  # the copied conftest.py imports from tests/
     absent = subprocess.run(
-        command, env=os.environ | {"RLHF_DATA": "/absent"}, cwd=tmp_path, capture_output=True
+        command, env=given | {"RLHF_DATA": "/absent"}, cwd=tmp_path, capture_output=True
     )
     text = absent.stdout.decode()
     assert "4 tests were skipped because RLHF_DATA=/absent is absent" in text
     assert "5 skipped" in text
     there = subprocess.run(
-        command, env=os.environ | {"RLHF_DATA": str(tmp_path)}, cwd=tmp_path, capture_output=True
+        command, env=given | {"RLHF_DATA": str(tmp_path)}, cwd=tmp_path, capture_output=True
     )
     text = there.stdout.decode()
     assert f"0 tests were skipped for want of data (RLHF_DATA={tmp_path})" in text

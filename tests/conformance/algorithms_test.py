@@ -194,7 +194,7 @@ def test_shuffling_groups_shuffles_targets_and_keeps_the_loss(algorithm):
     assert_close(wanted, moved, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("chunks", [2, 3])
+@pytest.mark.parametrize("chunks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_microbatches_sum_to_the_batch(algorithm, chunks):
     experience, output = make_batch(algorithm)
     targets, whole, gradient = run(algorithm, experience, output)

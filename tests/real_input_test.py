@@ -86,6 +86,7 @@ def test_dialogues_are_split_at_the_last_reply(place):
     assert text.decode(tokens[mask].tolist()) == read_jsonl(path)[0]["chosen"]
 
 
+@pytest.mark.slow  # reward models on dialogues of tests: tests/training, tests/reward_texts_test.py
 def test_two_reward_steps_on_dialogues(place, tmp_path):
     config = real_input.config_of("pairs", real_input.hh_argument(place))
     train_reward(config.stages.reward.config, str(tmp_path))

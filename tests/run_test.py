@@ -179,9 +179,10 @@ def test_stopped_and_killed_during_a_checkpoint_it_repeats_itself(whole, start, 
     assert_same_run(workdir, whole)
 
 
-MESHES = [{"data": 2, "tensor": 2}, pytest.param({"data": 1, "fsdp": 4}, marks=pytest.mark.slow)]
+MESHES = [{"data": 2, "tensor": 2}, {"data": 1, "fsdp": 4}]
 
 
+@pytest.mark.slow  # updates on four devices: training/update_test.py; two processes: below
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_four_devices_are_one(whole, tmp_path, mesh, monkeypatch):
     """Generate, score, evaluate and update give the numbers of one device; compiled once each."""

@@ -158,6 +158,7 @@ def test_a_step_that_is_not_finite_changes_nothing():
     assert found["skipped"] == found["skipped_in_row"] == 0.0
 
 
+@pytest.mark.slow
 def test_chunks_and_devices_change_nothing():
     reward, _, update = whole()
     after, found = one_step(update, reward.init(), RIGHT)

@@ -115,7 +115,9 @@ def test_microbatches_change_nothing(single):
     assert_same_update(result(single, batch), result(whole, batch), atol=1e-5)
 
 
-@pytest.mark.parametrize("axes", [{"data": 2, "tensor": 2}, {"fsdp": 4}])
+@pytest.mark.parametrize(
+    "axes", [{"data": 2, "tensor": 2}, pytest.param({"fsdp": 4}, marks=pytest.mark.slow)]
+)
 def test_four_devices_give_the_numbers_of_one(single, sharded, axes):
     batch = rollouts(8, 2)
     other = sharded if "tensor" in axes else ppo_setup(mesh=make_mesh(axes))
@@ -160,7 +162,7 @@ def test_a_score_that_is_not_a_number_skips_the_update_and_the_next_one_recovers
 @pytest.mark.parametrize(
     ("prompts", "samples", "length", "epochs", "minibatches", "microbatches", "dtype"),
     [
-        (4, 2, 6, 1, 1, 1, "float32"),
+        pytest.param(4, 2, 6, 1, 1, 1, "float32", marks=pytest.mark.slow),
         (4, 2, 7, 1, 1, 4, "float32"),
         (6, 3, 5, 2, 3, 1, "float32"),
         (8, 1, 16, 2, 2, 2, "bfloat16"),

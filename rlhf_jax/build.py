@@ -38,12 +38,12 @@ from rlhf_jax.rewards.base import (
     split_places,
 )
 from rlhf_jax.sampling.methods import make_sampling
-from rlhf_jax.schema import check_call, check_keys, check_section, closest, within
+from rlhf_jax.schema import check_call, check_keys, check_section, within
 from rlhf_jax.sections import Wrappers
 from rlhf_jax.text.tokenizer import Tokenizer, load_tokenizer
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.types import Algorithm, Needs, Reward, Sampling
-from rlhf_jax.wrapping import wrap_algorithm
+from rlhf_jax.wrapping import check_label, wrap_algorithm
 
 KINDS = {"texts": texts, "pairs": pairs, "correctness": correctness, "steps": step_labels}
 # Keys of a source's section: where its records come from, and what the run does with them.
@@ -182,11 +182,8 @@ def algorithm(config: ConfigDict, **ours: Any) -> Algorithm:
     taken = inspect.signature(factory).parameters
     values |= {k: v for k, v in ours.items() if k in taken}
     label = values.get("reward")  # of an algorithm that asks one reward by its label
-    if isinstance(label, str) and label not in config.rewards:
-        raise ValueError(
-            f"algorithm.reward={label!r} is none of rewards{closest(label, config.rewards)}; "
-            f"known: {', '.join(config.rewards)}"
-        )
+    if isinstance(label, str):
+        check_label("algorithm.reward", label, config.rewards)
     around = {k: v for k, v in section.items() if k in _AROUND}
     check_section("algorithm", around, AlgorithmWrappers)
     return wrap_algorithm(config, call("algorithm", factory, values), around)

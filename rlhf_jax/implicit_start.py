@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rlhf_jax import build, roles, run_folder
-from rlhf_jax.mesh import ShardingRules, shardings_for
+from rlhf_jax.mesh import ShardingRules
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.families import architecture
 from rlhf_jax.models.lora import partition
@@ -235,14 +235,7 @@ def _reference_of(folder: str, mesh: Mesh, rules: ShardingRules) -> Params:
     config = run_folder.read_models(folder)["policy"]
     if config.lora_rank:
         return partition(roles.load_role(folder, "policy", mesh, rules), config)[1]
-    model = decoder(config, rules)
-    shapes = model.shapes()
-    target = jax.tree.map(
-        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
-        shapes,
-        shardings_for(model.axes(), shapes, mesh, rules),
-    )
-    return restore_subtree(folder, ("reference",), target)
+    return restore_subtree(folder, ("reference",), roles.sharded_shapes(config, mesh, rules))
 
 
 def _direct(folder: str) -> DirectPreference | None:

@@ -206,16 +206,21 @@ def loaded_config(folder: str) -> ModelConfig:
     return config if config.ensemble == "lora" else dataclasses.replace(config, lora_rank=0)
 
 
-def load_role(folder: str, role: str, mesh: Mesh, rules: ShardingRules) -> Params:
-    """All parameters of a role that a run trained, adapters beside their base, sharded."""
-    config = run_folder.read_models(folder)[role]
+def sharded_shapes(config: ModelConfig, mesh: Mesh, rules: ShardingRules) -> Params:
+    """The tree of a model as ShapeDtypeStructs with their shardings: what a restore aims at."""
     model = decoder(config, rules)
     shapes = model.shapes()
-    target = jax.tree.map(
+    return jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
         shapes,
         shardings_for(model.axes(), shapes, mesh, rules),
     )
+
+
+def load_role(folder: str, role: str, mesh: Mesh, rules: ShardingRules) -> Params:
+    """All parameters of a role that a run trained, adapters beside their base, sharded."""
+    config = run_folder.read_models(folder)[role]
+    target = sharded_shapes(config, mesh, rules)
     if config.lora_rank == 0:
         return restore_subtree(folder, ("train", "params", role), target)
     trained, base = partition(target, config)

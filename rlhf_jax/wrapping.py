@@ -43,7 +43,7 @@ def wrap_algorithm(config: ConfigDict, made: Algorithm, around: Mapping[str, Any
     if "imitate" in around:
         with within("algorithm.imitate"):
             made = imitate(made, **around["imitate"])
-        _check_label("imitate", around["imitate"]["reward"], config.rewards)
+        check_label("algorithm.imitate.reward", around["imitate"]["reward"], config.rewards)
     if REHEARSAL in around:
         _check_rehearsal(config)
         with within("algorithm.rehearsal"):
@@ -91,12 +91,17 @@ def _check_select(config: ConfigDict) -> None:
             f"{sizes.samples}; set it to 2 or more, or say how='range'"
         )
     if section.get("reward") is not None:
-        _check_label("select", section.reward, rewards)
+        check_label("algorithm.select.reward", section.reward, rewards)
 
 
-def _check_label(key: str, label: str, rewards: ConfigDict) -> None:
+def check_label(path: str, label: str, rewards: ConfigDict) -> None:
+    """Raises a ValueError for a label that is none of the run's rewards.
+
+    Args:
+        path: of the key that names it.
+    """
     if label not in rewards:
         raise ValueError(
-            f"algorithm.{key}.reward={label!r} is none of rewards{closest(label, rewards)}; "
+            f"{path}={label!r} is none of rewards{closest(label, rewards)}; "
             f"known: {', '.join(rewards)}"
         )

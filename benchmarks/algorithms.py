@@ -37,6 +37,12 @@ START = "sft"
 NEAR = dict(kl_coef=0.3, kl_estimator="k2")
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "ppo": dict(kl_coef=0.2),
+    # Settings of PPO; 0.5 is a probability, as below.
+    "vc_ppo": dict(name="ppo", kl_coef=0.2, lam=0.95, value_lam=1.0),
+    "vapo": dict(
+        name="ppo", kl_coef=0.2, lam_alpha=0.05, value_lam=1.0, clip=0.2, clip_high=0.28,
+        imitate=dict(reward="outcome", above=0.5, weight=0.1),
+    ),
     "grpo": NEAR,
     "dr_grpo": dict(kl_coef=0.1, kl_estimator="k2", constant=32),
     "dapo": NEAR,
@@ -51,7 +57,9 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "online_dpo": dict(),
     # Of the quickstart's process model; an implicit one would be another reward than the others'.
     "prime": dict(coef=1.0, **NEAR),
-}
+}  # fmt: skip
+# The first iterations, in which the critic trains alone and the policy stands still.
+PRETRAIN: Mapping[str, int] = {"vc_ppo": 4, "vapo": 4}
 # Where PPO's learning rate goes too far: imitation collapses, and pairs pull without end.
 RATES: Mapping[str, float] = {"best_of_n": 3e-5, "expert_iteration": 3e-5, "online_dpo": 1e-4}
 OFFLINE = "dpo"
@@ -74,7 +82,9 @@ def method_config(method: str, seed: int, base: pathlib.Path, small: bool) -> Co
     for section in config.rewards.values():
         if "init_from" in section:
             section.init_from = str(base / "reward")
-    config.algorithm = ConfigDict(dict(name=method, **METHODS[method]))
+    config.algorithm = ConfigDict(dict(name=method) | METHODS[method])
+    if method in PRETRAIN:
+        config.value.pretrain = dict(steps=1 if small else PRETRAIN[method])
     config.optimizer.policy.learning_rate = RATES.get(method, config.optimizer.policy.learning_rate)
     config.train.steps = 4 if small else ITERATIONS
     config.checkpoint.every = config.train.steps

@@ -117,18 +117,26 @@ def draw(path: pathlib.Path, courses: Mapping[str, Sequence[Sequence[Numbers]]],
     figure.savefig(path, dpi=110)
 
 
+def said(value) -> str:
+    """A setting as the page shows it; a section as its keys and values."""
+    if isinstance(value, Mapping):
+        return "(" + ", ".join(f"{key}={said(each)}" for key, each in value.items()) + ")"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def settings_rows(workdir: pathlib.Path, seed: int, methods: Sequence[str]) -> list[list[str]]:
     """What each method's config says that is not its default."""
     rows = []
     for method in methods:
         config = read(workdir / f"{method}_{seed}" / "config.json")
         online = "algorithm" in config
-        values = {k: v for k, v in config["algorithm" if online else "dpo"].items() if k != "name"}
-        said = ", ".join(
-            f"{k}={v}" if isinstance(v, str) else f"{k}={v:.3g}" for k, v in values.items()
-        )
+        settings = config["algorithm" if online else "dpo"]
+        values = {k: v for k, v in settings.items() if (k, v) != ("name", method)}
+        if "pretrain" in config.get("value", {}):
+            values["value.pretrain"] = config["value"]["pretrain"]
+        cell = said(values)[1:-1] or "defaults"
         optimizer = config["optimizer"]["policy"] if online else config["optimizer"]
-        rows.append([method, said or "defaults", f"{optimizer['learning_rate']:.0e}"])
+        rows.append([method, cell, f"{optimizer['learning_rate']:.0e}"])
     return rows
 
 
@@ -154,6 +162,7 @@ rewards, outcome and process: {steps} iterations of {prompts} prompts x {samples
 was tuned per seed; how far a method goes in so few steps depends on its learning rate and its β, so
 this ranks no papers. DAPO draws no group again here: that would be more samples. Offline DPO
 (`dpo`) draws none and reads no reward model: its pairs are what the outcome reward learnt from.
+Where `value.pretrain` stands, the policy rests in those iterations and their samples count too.
 
 ## Settings
 

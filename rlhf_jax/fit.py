@@ -308,7 +308,7 @@ def run(fit: Fit, workdir: str, conclude: Conclude | None = None) -> RunState:
             joint=fit.joint,
             **head_names(fit.described),
         )
-        update = compile_update(step_fn, state.train, fit.mesh)
+        update = compile_update(step_fn, state.train, fit.mesh, exact=fit.direct is not None)
         evaluate = evaluator(fit)
         still = frozen(fit, state)
         for step in log.steps(first):

@@ -24,7 +24,12 @@ from rlhf_jax.ops.groups import split_chunks
 from rlhf_jax.ops.masking import masked_var, mean_of
 from rlhf_jax.ops.metrics import single
 from rlhf_jax.ops.surrogate import filled
-from rlhf_jax.training.experience import constrain_rows, exact_options, on_mesh
+from rlhf_jax.training.experience import (
+    COMPILER_OPTIONS,
+    constrain_rows,
+    exact_options,
+    on_mesh,
+)
 from rlhf_jax.training.gradients import (
     Carry,
     Optimizers,
@@ -143,18 +148,25 @@ def plan_update(
     return Plan(models, algorithm, optimizers, temperature=temperature, **sizes)
 
 
-def compile_update(step: UpdateStep, state: TrainState, mesh: Mesh) -> UpdateStep:
+def compile_update(
+    step: UpdateStep, state: TrainState, mesh: Mesh, *, exact: bool = True
+) -> UpdateStep:
     """Compiles an update (or supervised) step; call it under ``jax.set_mesh(mesh)``.
 
     The state is donated and comes back with the shardings it had, so one compilation serves all
     calls. ``state`` gives the shardings; arrays or ShapeDtypeStructs.
+
+    Args:
+        exact: two passes over the same rows round alike (`exact_options`): the first ratio is
+            exactly 1, and so is that of DPO to its reference. Steps that compare nothing save
+            what it costs.
     """
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(
         on_mesh(step, mesh),
         donate_argnums=0,
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
-        compiler_options=exact_options(mesh),
+        compiler_options=exact_options(mesh) if exact else COMPILER_OPTIONS,
     )
 
 

@@ -234,7 +234,7 @@ def test_a_decoder_with_adapters_or_without_on_four_devices_in_parts(heads, rank
             model, dict.fromkeys(mixture, 1.0), optimizer, microbatches=parts,
             outcome_head=heads[0], joint=FORMS[heads],
         )  # fmt: skip
-        compiled = compile_update(step, state, mesh)
+        compiled = compile_update(step, state, mesh, exact=False)
         with jax.set_mesh(mesh):
             rows = shard_batch(mesh, RULES, mixture)
             for _ in range(2):

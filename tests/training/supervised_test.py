@@ -84,7 +84,7 @@ def trainer(model, sources, optimizer, mesh=None, **options):
     frozen_params = init(model, 0, mesh)
     state = create_supervised_state(frozen_params, optimizer, mesh)
     step = make_supervised_step(model, sources, optimizer, **options)
-    compiled = compile_update(step, state, mesh)
+    compiled = compile_update(step, state, mesh, exact=False)
 
     def train(rows):
         with jax.set_mesh(mesh):

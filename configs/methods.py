@@ -19,8 +19,10 @@ from configs.ppo_tiny import get_config as tiny
 # Learning rates are the papers' for models of billions of weights, tuned with Adam; small models
 # want more.
 METHODS = {
-    # Huang et al. 2024, "The N+ implementation details" of PPO for summaries: 512 prompts.
+    # Huang et al. 2024, "The N+ implementation details" of PPO for summaries: 512 prompts. There a
+    # completion without end-of-text scores -1 whatever it says; here that is added to its score.
     "ppo": dict(
+        rewards=dict(eos=dict(name="missing_eos", weight=1.0, penalty=-1.0)),
         algorithm=dict(kl_coef=0.05, lam=0.95, value_coef=0.1, clip=0.2),
         samples=1, temperature=0.7, epochs=4, minibatches=1, rate=3e-6, schedule="linear",
     ),
@@ -43,8 +45,12 @@ METHODS = {
     ),
     # Liu et al. 2025, Oat-Zero: 128 prompts x 8.
     "dr_grpo": dict(algorithm=dict(), samples=8, rate=1e-6),
-    # Yu et al. 2025: 512 prompts x 16 in 16 minibatches, up to 10 draws.
-    "dapo": dict(algorithm=dict(), samples=16, minibatches=4, rate=1e-6, warmup=20, draws=10),
+    # Yu et al. 2025: 512 prompts x 16 in 16 minibatches, which 16 prompts are too few for, up to 10
+    # draws, and a soft penalty over the last fifth of the budget of tokens.
+    "dapo": dict(
+        rewards=dict(long=dict(name="overlong", weight=1.0)),
+        algorithm=dict(), samples=16, minibatches=4, rate=1e-6, warmup=20, draws=10,
+    ),
     # Zheng et al. 2025: four minibatches; K and the rate are ours.
     "gspo": dict(algorithm=dict(), samples=8, minibatches=4, rate=1e-6),
     # Khatri et al. 2025 (ScaleRL): 48 prompts x 16; the rate is ours.
@@ -114,6 +120,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.value.init_from = "outcome" if from_reward else "policy"
     of_steps = args.method == "prime"
     config.rewards = implicit_rewards(args.reward) if of_steps else rewards(args.reward)
+    config.rewards.update(paper.get("rewards", {}))
+    if "long" in config.rewards:  # the paper's 20,480 and 4,096 tokens are its budget
+        limit = config.rollout.max_tokens
+        config.rewards.long.update(limit=limit, buffer=limit // 5)
     config.algorithm = dict(name=args.method) | paper["algorithm"]
     if args.method == "dr_grpo":  # the paper's 3000 is its budget of tokens; this is the run's
         config.algorithm.constant = config.rollout.max_tokens

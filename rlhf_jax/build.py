@@ -20,16 +20,15 @@ from rlhf_jax.data.prompts import PromptSource
 from rlhf_jax.data.sources import RecordSource, open_source
 from rlhf_jax.data.steps import step_labels
 from rlhf_jax.data.texts import texts
+from rlhf_jax.data.verdicts import verdicts
 from rlhf_jax.k_axis import hold
 from rlhf_jax.mesh import ShardingRules, batch_shards, make_mesh, shard_rows
-from rlhf_jax.ops.step_labels import check_how
-from rlhf_jax.policy_sections import AlgorithmWrappers, Shaping
+from rlhf_jax.policy_sections import AlgorithmWrappers
 from rlhf_jax.rewards.base import (
     aggregate_steps,
     begin_once,
     clip,
     combine,
-    device_reward,
     length_penalty,
     normalise,
     relative,
@@ -45,15 +44,23 @@ from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.types import Algorithm, Needs, Reward, Sampling
 from rlhf_jax.wrapping import check_label, wrap_algorithm
 
-KINDS = {"texts": texts, "pairs": pairs, "correctness": correctness, "steps": step_labels}
+KINDS = {
+    "texts": texts,
+    "verdicts": verdicts,
+    "pairs": pairs,
+    "correctness": correctness,
+    "steps": step_labels,
+}
 # Keys of a source's section: where its records come from, and what the run does with them.
 _SOURCE = ("name", "split", "data_dir", "options")
 _RUN = ("kind", "weight", "rows", "head", "max_prompt", "tokenizer", "chat_template", "bos")
 # What a reward's factory gets if it names it among its parameters.
-RESOURCES = ("model", "params", "reference", "learner", "mesh", "decode", "records", "rows")
+RESOURCES = (
+    "model", "params", "reference", "learner",
+    "mesh", "decode", "encode", "records", "rows",
+)  # fmt: skip
 # Keys of a reward's section that wrap the reward; all others go to its factory.
-_WRAPPERS = tuple(Wrappers.__annotations__)
-_OF_STEPS = ("process_model", "implicit_model")  # outcomes are 0 unless steps are aggregated
+WRAPPERS = tuple(Wrappers.__annotations__)
 # Keys of the algorithm's section that wrap the algorithm; all others go to its function.
 _AROUND = tuple(AlgorithmWrappers.__annotations__)
 
@@ -114,8 +121,8 @@ def check_source(path: str, section: ConfigDict, kinds: Sequence[str] = tuple(KI
         raise ValueError(f"{path}.kind={section.kind!r}; this program takes {', '.join(kinds)}")
     if not isinstance(section.rows, int) or section.rows < 1:
         raise ValueError(f"{path}.rows={section.rows!r}; wanted 1 or more")
-    if "head" in section and section.kind == "texts":
-        raise ValueError(f"{path}.head={section.head!r}, but texts train no scoring head")
+    if "head" in section and section.kind in ("texts", "verdicts"):
+        raise ValueError(f"{path}.head={section.head!r}, but {section.kind} train no scoring head")
     values = {k: v for k, v in section.to_dict().items() if k not in (*_SOURCE, *_RUN)}
     ours, others = ("sources", "tokenizer", "seed"), (*_SOURCE, *_RUN)
     check_call(path, KINDS[section.kind], values, given=ours, also=others)
@@ -254,6 +261,12 @@ def rollout(config: ConfigDict, needs: Needs, axes: Mesh, rules: ShardingRules) 
     )
 
 
+def policy_steps(config: ConfigDict) -> int:
+    """The steps of a run in which the policy trains: all but those of the critic alone."""
+    pretrain = config.get("value", {}).get("pretrain") or {}
+    return max(config.train.steps - pretrain.get("steps", 0), 1)  # 0 is refused with the critic
+
+
 def reward_model(section: ConfigDict, path: str = "rewards") -> dict[str, Any] | None:
     """Fields of the model that a reward's factory asks for; None where it asks for none.
 
@@ -270,94 +283,18 @@ def reward_model(section: ConfigDict, path: str = "rewards") -> dict[str, Any] |
     return {"lm_head": False, "score_heads": tuple(heads)}
 
 
-def check_reward(label: str, section: ConfigDict) -> None:
-    """Raises a ValueError if the factory does not take the section's keys; builds nothing."""
-    factory = member(f"rewards.{label}", "rewards", section)
-    values = {k: v for k, v in section.to_dict().items() if k not in _WRAPPERS}
-    ours = set(RESOURCES) - set(values)
-    check_call(f"rewards.{label}", factory, values, given=ours, also=_WRAPPERS)
-    if "weight" not in section:
-        raise ValueError(f"rewards.{label}.weight is missing; wanted a number, such as 1.0")
-    wrappers = {k: v for k, v in section.to_dict().items() if k in _WRAPPERS}
-    check_section(f"rewards.{label}", wrappers, Wrappers)
-    for key, wanted in (("reference", "reference"), ("optimizer", "learner")):
-        if key in section and wanted not in inspect.signature(factory).parameters:
-            raise ValueError(f"rewards.{label}.{key} is set, but {section.name} has no use for it")
-    if section.get("clip", 0.0) < 0:
-        raise ValueError(f"rewards.{label}.clip={section.clip}; wanted 0 (off) or a limit")
-    if section.get("aggregate", ""):
-        with within(f"rewards.{label}.aggregate"):
-            check_how(section.aggregate)
-        if section.get("transform") != "logit":
-            raise ValueError(
-                f"rewards.{label}.aggregate={section.aggregate!r} reads the logits of steps; it is "
-                "for a reward that takes transform='logit', such as process_model, and needs it set"
-            )
-    _check_shaping(f"rewards.{label}", section)
-
-
-def _check_shaping(path: str, section: ConfigDict) -> None:
-    """Raises a ValueError for wrappers of outcomes that could not do what they say."""
-    wrapped = [key for key in Shaping.__annotations__ if key in section]
-    wrapped += [k for k, off in (("clip", 0.0), ("shrink", 1.0)) if section.get(k, off) != off]
-    if wrapped and section.name in _OF_STEPS and not section.get("aggregate", ""):
-        way = f" without {path}.aggregate; set it, or" if section.name == "process_model" else ";"
-        raise ValueError(
-            f"{path}.{wrapped[0]} changes scores of whole completions, and {section.name} has none"
-            f"{way} leave {wrapped[0]} out"
-        )
-    if "relative" in section and "optimizer" in section:
-        raise ValueError(
-            f"{path}.relative holds scores of reference answers from the start, and a model with "
-            "an optimizer says others later on; leave relative out"
-        )
-    for key in ("clip", "shrink"):
-        if "relative" in section and section.get(key, 0.0) not in (0.0, 1.0):
-            raise ValueError(
-                f"{path}.{key}={section[key]} beside relative, whose scores lie between 0 and 1 "
-                f"already; leave {key} out"
-            )
-    for key, make in (("length_penalty", length_penalty), ("scale", scale)):
-        if key in section:
-            with within(f"{path}.{key}"):
-                make(device_reward("checked", lambda rollouts: rollouts.mask), **section[key])
-
-
-def check_weights(rewards: ConfigDict) -> None:
-    """Raises a ValueError if every reward has the weight 0, which makes a metric of it."""
-    if not any(section.get("weight", 1.0) for section in rewards.values()):
-        raise ValueError(
-            f"the weights of rewards {', '.join(rewards)} are all 0: a reward of weight 0 is a "
-            "metric that trains nothing; give one of them another weight"
-        )
-
-
-def check_process(algorithm: str, rewards: ConfigDict) -> None:
-    """Raises a ValueError if no reward with a weight can judge steps, for an algorithm that wants
-    it. Of the shelf `process_model` and `implicit_model` do, and not once they are aggregated."""
-    for section in rewards.values():
-        judges = section.name in _OF_STEPS or "." in section.name
-        if judges and section.get("weight", 1.0) and not section.get("aggregate", ""):
-            return
-    raise ValueError(
-        f"{algorithm} with these keys trains on scores of steps, and none of rewards "
-        f"{', '.join(rewards)} gives them; add a process_model or an implicit_model with a weight "
-        "and without aggregate, or take an algorithm or a credit that does without"
-    )
-
-
 def reward(label: str, section: ConfigDict, resources: Mapping[str, Any]) -> Reward:
     """One reward with its wrappers, in the order aggregate, normalise, relative, clip, shrink,
     length_penalty, scale.
 
     A factory gets the resources that it names among its parameters (model, params, mesh,
-    decode, records, rows), and the section's keys as values. A reward that is relative also wants
-    `references`, what asks it for the scores of reference answers, and `num_records`. The `init` of
-    one with parameters is for one call (`begin_once`).
+    decode, encode, records, rows), and the section's keys as values. A reward that is relative also
+    wants `references`, what asks it for the scores of reference answers, and `num_records`. The
+    `init` of one with parameters is for one call (`begin_once`).
     """
     path = f"rewards.{label}"
     factory = member(path, "rewards", section)
-    values = {k: v for k, v in section.to_dict().items() if k not in _WRAPPERS}
+    values = {k: v for k, v in section.to_dict().items() if k not in WRAPPERS}
     wanted = inspect.signature(factory).parameters
     values |= {k: v for k, v in resources.items() if k in wanted and k not in values}
     made = call(path, factory, values)
@@ -375,7 +312,8 @@ def reward(label: str, section: ConfigDict, resources: Mapping[str, Any]) -> Rew
     if section.get("clip", 0.0):
         made = clip(made, section.clip)
     if section.get("shrink", 1.0) != 1.0:
-        made = shrink(made, negative=section.shrink)
+        with within(f"{path}.shrink"):
+            made = shrink(made, negative=section.shrink)
     if "length_penalty" in section:
         made = length_penalty(made, **section.length_penalty, mesh=mesh)
     if "scale" in section:

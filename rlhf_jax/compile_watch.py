@@ -21,6 +21,11 @@ def _count(event: str, duration: float, **_) -> None:
 jax.monitoring.register_event_duration_secs_listener(_count)
 
 
+def compiled() -> int:
+    """Programs that XLA compiled in this process up to now, those of the persistent cache too."""
+    return _compiled
+
+
 class CompileWatch:
     """Counts the programs that XLA compiled from the third iteration of its loops on.
 

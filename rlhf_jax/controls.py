@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from rlhf_jax import roles
+from rlhf_jax import build, roles
 from rlhf_jax.mesh import replicate
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.ops.controllers import adapted_kl_coef, moved
@@ -64,6 +64,12 @@ def make_controls(
         kl_coef = _kl_control(section.kl_coef, name, algorithm, rollouts)
     if "reference" in section:
         reference = _reference_control(section.reference, name, algorithm, policy)
+        steps = build.policy_steps(config)
+        if reference.every > steps:
+            raise ValueError(
+                f"controllers.reference.every={reference.every}, but the policy has {steps} steps, "
+                "so the reference would never move; make it smaller"
+            )
     return Controls(kl_coef, reference)
 
 

@@ -1,8 +1,8 @@
 """Supervised training of one model on a weighted mixture of sources: the loop of three programs.
 
-`train_sft` gives it texts and keeps the LM head; `train_dpo` gives it pairs beside; `train_reward`
-gives it pairs, correctness and step labels and scalar heads instead. Checkpoints, resume and logs
-are those of a policy run.
+`train_sft` gives it texts and verdicts and keeps the LM head; `train_dpo` gives it pairs beside;
+`train_reward` gives it pairs, correctness and step labels and scalar heads instead. Checkpoints,
+resume and logs are those of a policy run.
 """
 
 import dataclasses

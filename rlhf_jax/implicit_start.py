@@ -49,7 +49,7 @@ def check(config: ConfigDict, label: str, described: ModelConfig, *, translated:
     section, path = config.rewards[label], f"rewards.{label}"
     learns, judge = "optimizer" in section, section.get("label", "")
     if learns:
-        build.optimizer(f"{path}.optimizer", section.optimizer, _steps(config))
+        build.optimizer(f"{path}.optimizer", section.optimizer, build.policy_steps(config))
         if section.get("normalise", False):
             raise ValueError(
                 f"{path}.normalise holds the spread of scores at the start, where a model that "
@@ -207,7 +207,7 @@ def resources(
     found |= {"reference": load_reference(section, model.config, params, mesh, rules)}
     if "optimizer" in section:
         path = f"rewards.{label}.optimizer"
-        optimizer = build.optimizer(path, section.optimizer, _steps(config))
+        optimizer = build.optimizer(path, section.optimizer, build.policy_steps(config))
         found["learner"] = make_learner(optimizer, model, mesh)
     return found
 
@@ -222,12 +222,6 @@ def _check_beta(path: str, section: ConfigDict) -> None:
             f"each token, and so the sum. Set {path}.beta, such as that by the answers' length in "
             "tokens, or train with dpo.loss='sigmoid'"
         )
-
-
-def _steps(config: ConfigDict) -> int:
-    """The steps in which rewards learn: none of those in which the critic trains alone."""
-    pretrain = config.get("value", {}).get("pretrain") or {}
-    return max(config.train.steps - pretrain.get("steps", 0), 1)  # 0 is refused with the critic
 
 
 def _reference_of(folder: str, mesh: Mesh, rules: ShardingRules) -> Params:

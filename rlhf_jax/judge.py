@@ -21,7 +21,7 @@ from rlhf_jax.schema import check_call
 from rlhf_jax.types import Rollouts, Scores
 
 Judge = Callable[[Rollouts], Float[np.ndarray, " B"]]
-_RESOURCES = ("decode", "records", "rows")  # what a factory gets if it names it
+_RESOURCES = ("decode", "encode", "records", "rows")  # what a factory gets if it names it
 
 
 class Found(NamedTuple):
@@ -63,7 +63,9 @@ def make_judge(path: str, section: ConfigDict, sampler: PolicySampler) -> Judge:
         ValueError: see `check_judge`; also for what the factory itself refuses.
     """
     factory = check_judge(path, section)
-    resources = dict(decode=sampler.text.decode, records=sampler.record, rows=None)
+    resources = dict(
+        decode=sampler.text.decode, encode=sampler.text.encode, records=sampler.record, rows=None
+    )
     ours = {k: resources[k] for k in _RESOURCES if k in inspect.signature(factory).parameters}
     values = _values(section)
     reward = build.call(path, factory, values, **ours)

@@ -20,6 +20,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.transformer import decoder
 from rlhf_jax.policy_sampler import PolicySampler
 from rlhf_jax.policy_sections import Shaping
+from rlhf_jax.reward_checks import check_made, check_reward
 from rlhf_jax.reward_texts import own_tokenizers, writers
 from rlhf_jax.rewards.other_tokens import Writer, translated
 from rlhf_jax.training.experience import compile_score
@@ -41,7 +42,7 @@ class _Plan(NamedTuple):
 
 def check_learned(label: str, section: ConfigDict) -> None:
     """Raises a ValueError for a reward that cannot be made; opens nothing."""
-    build.check_reward(label, _weighed(section))
+    check_reward(label, _weighed(section))
     for key in Shaping.__annotations__:
         if key in section:
             raise ValueError(
@@ -111,6 +112,7 @@ def _plan(label: str, config: ConfigDict, changes: dict[str, Any]) -> _Plan:
     if implicit_start.compares(section):
         implicit_start.check_frozen(path, section, described, translated=label in own)
     theirs = {label: own[label]} if label in own else {}
+    check_made(config, label, own.get(label, text), decoder(described, rules))
     writer = writers(config, theirs, {label: described.vocab_size}).get(label)
     return _Plan(config, label, _weighed(section), mesh, rules, described, writer)
 
@@ -134,8 +136,8 @@ def _load(plan: _Plan) -> dict[str, Any]:
 def _reward(plan: _Plan, loaded: dict[str, Any], sampler: PolicySampler) -> Reward:
     """The reward with its wrappers, reading the samples of ``sampler``."""
     texts = dict(decode=sampler.text.decode, records=sampler.record)
-    model = decoder(plan.described, plan.rules)
-    resources = dict(rows=None, mesh=plan.mesh, model=model, **loaded, **texts)
+    model, encode = decoder(plan.described, plan.rules), (plan.writer or sampler.text).encode
+    resources = dict(rows=None, mesh=plan.mesh, model=model, encode=encode, **loaded, **texts)
     made = build.reward(plan.label, plan.section, resources)
     return made if plan.writer is None else translated(made, plan.writer, **texts)
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from rlhf_jax import build
 from rlhf_jax.ops.mismatch import Thresholds
 from rlhf_jax.types import Needs
 
@@ -50,10 +51,11 @@ def make_watch(config: ConfigDict, needs: Needs) -> Watch | None:
         refusals=tuple(plain(p) for p in section.get("refusals", REFUSALS)),
         thresholds=Thresholds(**section.get("alarms", {})),
     )
-    if watch.every > config.train.steps:
+    steps = build.policy_steps(config)
+    if watch.every > steps:
         raise ValueError(
-            f"monitor.every={watch.every} is more than train.steps={config.train.steps}, so "
-            "nothing would ever be evaluated; make it smaller"
+            f"monitor.every={watch.every} is more than the policy's {steps} steps, so nothing "
+            "would ever be evaluated; make it smaller"
         )
     _check_labels(watch, config.rewards)
     _check_thresholds(watch.thresholds, config.algorithm.name, needs)

@@ -101,18 +101,20 @@ def watch_step(
     scores: Scores,
     metrics: Metrics,
 ) -> tuple[RunState, dict[str, float]]:
-    """Takes what a step of training measured; every ``every`` steps, evaluates.
+    """Takes what a step of training measured; every ``every`` steps of the policy, evaluates.
+
+    Where the critic alone trains nothing is watched: what moves then is chance.
 
     Returns:
         the state, and the numbers of the evaluation (nothing between evaluations).
     """
-    watch = run.plan.watch
-    if watch is None:
+    watch, made = run.plan.watch, step - run.plan.pretraining.steps
+    if watch is None or made < 0:
         return state, {}
     own = jax.tree.map(np.array, state.controllers[KEY])  # copies: states do not change
     for name, number in _means(watch, metrics).items():
-        own["steps"][name][step % watch.every] = number
-    if (step + 1) % watch.every:
+        own["steps"][name][made % watch.every] = number
+    if (made + 1) % watch.every:
         return _replaced(state, own), {}
     refused = _refused(watch, run.plan.tokenizer.decode, rollouts)
     for name in Course._fields:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rlhf_jax import averages, build, implicit_start, roles
+from rlhf_jax import averages, build, implicit_start, reward_checks, roles
 from rlhf_jax.controls import Controls, make_controls
 from rlhf_jax.data.examples import ExampleSource
 from rlhf_jax.data.prompts import PromptSource
@@ -88,6 +88,8 @@ def make_plan(
     controls = make_controls(config, algorithm, described["policy"], sizes.prompts * sizes.samples)
     watch = make_watch(config, algorithm.needs)
     made = {role: decoder(model, rules) for role, model in described.items()}
+    for label in config.rewards:
+        reward_checks.check_made(config, label, own.get(label, text), made.get(f"reward/{label}"))
     if starts:
         check_starts(config, described)
     trained = [role for role in ("policy", "value") if role in made]
@@ -103,7 +105,7 @@ def make_plan(
         value=made.get("value"),
         reference=decoder(reference, rules) if algorithm.needs.reference else None,
     )
-    extra = _extra_rows(config, text, algorithm, later)
+    extra = _extra_rows(config, text, algorithm, described["policy"], later)
     return PolicyPlan(
         config=config,
         mesh=mesh,
@@ -125,7 +127,7 @@ def make_plan(
     )
 
 
-def _extra_rows(config, text, algorithm, later) -> dict[str, ExampleSource]:
+def _extra_rows(config, text, algorithm, policy, later) -> dict[str, ExampleSource]:
     """The auxiliary sources that the algorithm reads, and that are there already."""
     for name in config.extra:
         if name not in algorithm.needs.extra:
@@ -134,6 +136,8 @@ def _extra_rows(config, text, algorithm, later) -> dict[str, ExampleSource]:
                 "reads extra.rehearsal, or leave it out"
             )
         build.check_source(f"extra.{name}", config.extra[name])
+        with within(f"extra.{name}.max_length"):
+            check_positions(policy, config.extra[name].max_length)
     return {
         name: build.examples(f"extra.{name}", config.extra[name], text, config.seed)
         for name in algorithm.needs.extra
@@ -231,11 +235,11 @@ def describe_models(
     described = {"policy": policy}
     if not config.rewards:
         raise ValueError("rewards is empty: name at least one reward")
-    build.check_weights(config.rewards)
+    reward_checks.check_weights(config.rewards)
     if algorithm.needs.process:
-        build.check_process(config.algorithm.name, config.rewards)
+        reward_checks.check_process(config.algorithm.name, config.rewards)
     for label, section in config.rewards.items():
-        build.check_reward(label, section)
+        reward_checks.check_reward(label, section)
         changes = build.reward_model(section)
         if changes is not None:
             start = section.get("init_from", "")
@@ -257,8 +261,14 @@ def describe_models(
             if implicit_start.compares(section):
                 model = described[f"reward/{label}"]
                 implicit_start.check(config, label, model, translated=label in own)
-    if algorithm.needs.value and "value" not in policy.score_heads:
+    on_trunk, start = "value" in policy.score_heads, config.get("value", {}).get("init_from", "")
+    if algorithm.needs.value and not on_trunk:
         described["value"] = _describe_value(config, vocab_size, described, own)
+    if on_trunk and start not in ("", "policy"):
+        raise ValueError(
+            f"value.init_from={start!r}, but model.score_heads puts the critic on the policy's "
+            "trunk; set value.init_from to 'policy', or take 'value' out of model.score_heads"
+        )
     return described
 
 

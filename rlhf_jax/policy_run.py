@@ -222,6 +222,7 @@ def _rewards(plan: PolicyPlan, learned: Mapping[str, Params]) -> dict[str, Rewar
     for label, section in plan.config.rewards.items():
         resources = {
             "decode": plan.tokenizer.decode,
+            "encode": plan.writers.get(label, plan.tokenizer).encode,
             "records": plan.prompts.record,
             "rows": plan.sizes.rows,
             "mesh": plan.mesh,
@@ -274,7 +275,7 @@ def _compile(
     plan: PolicyPlan, rewards: Mapping[str, Reward], train: TrainState, reference: Params
 ) -> Steps:
     config, sizes, models, algorithm = plan.config, plan.sizes, plan.models, plan.algorithm
-    temperature = config.rollout.sampling.temperature
+    temperature = config.rollout.sampling.get("temperature", 1.0)
     needs = algorithm.needs
 
     def sample(params, frozen, prompts, key, sampling, tables, version):

@@ -96,7 +96,7 @@ def own_writer(config: ConfigDict, text: Tokenizer, tables: TokenTables) -> Writ
         row = form.written(record, answer, truncated=truncated)
         return row.tokens, row.prompt
 
-    return Writer(write, tables, data.max_prompt, config.rollout.max_tokens)
+    return Writer(write, text.encode, tables, data.max_prompt, config.rollout.max_tokens)
 
 
 def _scores(

@@ -83,6 +83,7 @@ def writers(
 
         made[label] = Writer(
             write=write,
+            encode=tokenizer.encode,
             tables=token_tables(tokenizer, vocab_size=vocab_sizes[label]),
             max_prompt=section.get("max_prompt", config.data.max_prompt),
             max_tokens=section.get("max_tokens", config.rollout.max_tokens),

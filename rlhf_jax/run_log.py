@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rlhf_jax import run_folder
-from rlhf_jax.compile_watch import CompileWatch
+from rlhf_jax.compile_watch import CompileWatch, compiled
 from rlhf_jax.mesh import fetch_host
 from rlhf_jax.ops.metrics import value
 from rlhf_jax.policy_plan import PolicyPlan
@@ -40,7 +40,7 @@ class RunLog:
             folder, keep=config.checkpoint.keep, every=config.checkpoint.every
         )
         self._writer: Writer | None = None  # opened by `restore`, which knows where to go on
-        self._pending: tuple[int, Metrics, Mapping[str, float]] | None = None
+        self._pending: tuple[int, Metrics, Mapping[str, float], int] | None = None
         self._written = time.perf_counter()
         self._saved = 0
         self._first = 0
@@ -89,19 +89,20 @@ class RunLog:
             seen: numbers of the host; a step that has some is written, whatever ``log.every`` says.
         """
         self._write_pending()
-        self._pending = (step, metrics, seen)
+        self._pending = (step, metrics, seen, compiled())
 
     def _write_pending(self) -> None:
         if self._pending is None:
             return
-        step, metrics, seen = self._pending
+        step, metrics, seen, programs = self._pending
         self._pending = None
         numbers = {name: float(value(mean)) for name, mean in fetch_host(metrics).items()}
         numbers |= seen
         self.last = numbers
         now, steps = time.perf_counter(), self._config.train.steps
         if step % self._config.log.every == 0 or step + 1 == steps or seen:
-            self._writer.scalars(step, numbers | {"time/step": now - self._written})
+            own = {"time/step": now - self._written, "time/compiled": float(programs)}
+            self._writer.scalars(step, numbers | own)
             shown = self._config.log.get("show", ())
             self._writer.progress(step + 1, steps, {n: numbers[n] for n in shown if n in numbers})
         self._written = now
@@ -172,7 +173,11 @@ def last_line(path: pathlib.Path, step: int) -> dict[str, float | None]:
     for line in reversed(path.read_text(encoding="utf-8").splitlines()):
         row = json.loads(line)
         if row["step"] == step:
-            return {name: x for name, x in row.items() if name not in ("step", "time/step")}
+            return {
+                name: x
+                for name, x in row.items()
+                if name != "step" and not name.startswith("time/")
+            }
     return {}
 
 

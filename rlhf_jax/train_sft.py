@@ -1,6 +1,9 @@
 """Supervised fine-tuning of a policy on worked examples.
 
-python -m rlhf_jax.train_sft --config=configs/X.py --workdir=DIR
+    python -m rlhf_jax.train_sft --config=configs/X.py --workdir=DIR
+
+Sources of kind "verdicts" (answers that are right or wrong, a question behind them) make a judge of
+it: the reward `rlhf_jax.rewards.generative_model`. Texts beside them keep it a policy, too.
 """
 
 from ml_collections import ConfigDict
@@ -11,11 +14,12 @@ from rlhf_jax.types import RunState
 
 def check(config: ConfigDict) -> fit.Fit:
     """Checks ``config`` and builds what needs neither parameters nor data."""
-    return fit.check(config, "policy", ("texts",), lm_head=True)
+    return fit.check(config, "policy", ("texts", "verdicts"), lm_head=True)
 
 
 def train_sft(config: ConfigDict, workdir: str) -> RunState:
-    """Trains the policy that ``config`` describes on its sources of kind "texts".
+    """Trains the policy that ``config`` describes on its sources of kind "texts" and
+    "verdicts".
 
     Resumes if ``workdir`` has a checkpoint. The run's folder can start a policy or a reward
     model (``model.init_from``).

@@ -48,6 +48,12 @@ def wrap_algorithm(config: ConfigDict, made: Algorithm, around: Mapping[str, Any
         _check_rehearsal(config)
         with within("algorithm.rehearsal"):
             made = rehearsed(made, **around[REHEARSAL])
+    draws = config.rollout.get("max_draws", 1)
+    if draws > 1 and made.select is None:
+        raise ValueError(
+            f"rollout.max_draws={draws}, but {config.algorithm.name} leaves out no groups, for "
+            "which others would be drawn; set algorithm.select, or rollout.max_draws to 1"
+        )
     return made
 
 

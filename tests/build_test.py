@@ -8,6 +8,7 @@ from configs.ppo_tiny import get_config
 from rlhf_jax import build
 from rlhf_jax.mesh import ShardingRules, make_mesh
 from rlhf_jax.policy_plan import make_plan
+from rlhf_jax.reward_checks import check_reward
 from rlhf_jax.types import Needs
 
 
@@ -118,14 +119,14 @@ def test_a_reward_is_wrapped_in_the_order_normalise_clip_shrink():
 
 def test_only_logits_of_steps_are_aggregated():
     section = ConfigDict(dict(name="process_model", weight=1.0, aggregate="min", transform="logit"))
-    build.check_reward("steps", section)
+    check_reward("steps", section)
     with pytest.raises(ValueError, match=r"rewards.steps.aggregate: how='least'.*min, product"):
-        build.check_reward("steps", ConfigDict(section.to_dict() | dict(aggregate="least")))
+        check_reward("steps", ConfigDict(section.to_dict() | dict(aggregate="least")))
     with pytest.raises(ValueError, match=r"rewards.steps.aggregate='min' reads the logits"):
-        build.check_reward("steps", ConfigDict(section.to_dict() | dict(transform="prob")))
+        check_reward("steps", ConfigDict(section.to_dict() | dict(transform="prob")))
     length = dict(name="length", weight=1.0, per_token=1.0, free=0, aggregate="min")
     with pytest.raises(ValueError, match=r"transform='logit', such as process_model"):
-        build.check_reward("length", ConfigDict(length))
+        check_reward("length", ConfigDict(length))
 
 
 def test_a_factory_says_which_model_it_needs():

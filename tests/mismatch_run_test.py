@@ -212,7 +212,7 @@ def test_what_is_not_said_is_as_documented():
 @pytest.mark.parametrize(
     ("monitor", "message"),
     [
-        (dict(every=101), r"monitor.every=101 is more than train.steps=100"),
+        (dict(every=101), r"monitor.every=101 is more than the policy's 100 steps"),
         (dict(proxy="x"), r"monitor.proxy='x'; wanted one of rewards: a, b, c"),
         (dict(proxy=""), r"monitor.proxy=''; wanted one of rewards"),
         (dict(held_out="x"), r"monitor.held_out='x'; wanted"),

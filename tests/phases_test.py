@@ -198,6 +198,7 @@ def everything():
         config.controllers = dict(
             kl_coef=dict(target=0.05, horizon=64), reference=dict(every=EVERY, decay=0.5)
         )
+        config.monitor = dict(proxy="likes", every=2, start=1)
     return config
 
 
@@ -268,6 +269,19 @@ def test_the_critic_trains_alone_and_then_everything_does(folders):
     assert [row["objective/kl_ref"] for row in rows[: PRETRAIN + 1]] == [0.0] * (PRETRAIN + 1)
     assert abs(rows[PRETRAIN + 1]["objective/kl_ref"]) > 0
     assert all(row["rollout/staleness"] == 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_the_watch_begins_with_the_policy(folders):
+    """Its evaluations are of two steps of the policy each; what it says is their mean."""
+    root, _, _ = folders
+    rows = lines(root / "whole", "metrics.jsonl")
+    seen = [row for row in rows if "monitor/proxy" in row]
+    assert [row["step"] for row in seen] == [PRETRAIN + 1, PRETRAIN + 3]
+    for row in seen:
+        pair = [rows[row["step"] - 1], row]
+        mean = np.mean([one["reward/likes"] for one in pair])
+        assert row["monitor/proxy"] == pytest.approx(mean, abs=1e-6)
 
 
 @pytest.mark.slow

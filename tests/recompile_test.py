@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from rlhf_jax.algorithms.grpo import grpo
 from rlhf_jax.algorithms.wrappers import correction
@@ -38,7 +39,8 @@ def tables(ends):
 
 
 class Loop:
-    """The steps of an iteration with the temperature as an argument of each."""
+    """The steps of an iteration with the temperature as an argument of each, and K as a static one
+    where it cannot be seen from the arrays."""
 
     def __init__(self):
         algorithm = correction(grpo(kl_coef=0.0), how="tis")
@@ -51,14 +53,14 @@ class Loop:
             self.state = create_state(models, params, optimizers, algorithm, self.mesh)
         self.frozen = {"policy": {}, "value": {}, "reference": {}}
 
-        def sample(params, prompts, key, sampling, table, version):
+        def sample(params, prompts, key, sampling, table, version, samples):
             return generate(
-                model, params, {}, prompts, key, samples=K, sampling=sampling,
+                model, params, {}, prompts, key, samples=samples, sampling=sampling,
                 max_tokens=TOKENS, tables=table, version=version,
             )  # fmt: skip
 
         def evaluate(params, rollouts, temperature):
-            rows = PROMPTS * K
+            rows = rollouts.tokens.shape[0]
             step = make_evaluate_step(models, algorithm.needs, temperature=temperature, rows=rows)
             return step(params, self.frozen, rollouts)
 
@@ -66,30 +68,30 @@ class Loop:
             experience, temperature = given
             step = make_update_step(
                 models, algorithm, optimizers, epochs=1, minibatches=1, microbatches=1,
-                temperature=temperature, group_size=K,
+                temperature=temperature, group_size=experience.rollouts.group_size,
             )  # fmt: skip
             return step(state, frozen, experience, key)
 
         def monitor(experience, entropy, step):
             return batch_metrics(experience, entropy, step, reference=False)
 
-        self.sample = jax.jit(sample)
+        self.sample = jax.jit(sample, static_argnames="samples")
         options = exact_options(self.mesh)
         self.evaluate = jax.jit(on_mesh(evaluate, self.mesh), compiler_options=options)
         self.monitor = jax.jit(monitor)
         self.update = compile_update(update, self.state, self.mesh)
 
-    def run(self, step, *, width=3, update=True):
+    def run(self, step, *, width=3, samples=K, update=True):
         """One iteration with values of its own; its rollouts and metrics."""
         sampling = make_sampling(
             temperature=0.5 + 0.05 * step, top_k=3 + step, top_p=0.99 - 0.01 * step
         )
-        prompts = tiny.rollouts(PROMPTS, K, prompt_length=width, seed=step).prompts
+        prompts = tiny.rollouts(PROMPTS, samples, prompt_length=width, seed=step).prompts
         key = jax.random.key(step)
         with jax.set_mesh(self.mesh):
             params, at = self.state.params, self.state.step
             ends = tables(range(step % 4))
-            rollouts = self.sample(params["policy"], prompts, key, sampling, ends, at)
+            rollouts = self.sample(params["policy"], prompts, key, sampling, ends, at, samples)
             outputs = self.evaluate(params, rollouts, sampling.temperature)
             scores = tiny.scores(jax.device_get(rollouts), seed=step)
             experience = make_experience(rollouts, scores, *outputs, {})
@@ -122,3 +124,14 @@ def test_twenty_steps_of_changing_values_compile_once_and_a_wider_bucket_once_mo
     assert int(loop.state.step) == STEPS
     loop.run(0, width=4, update=False)  # the update's compiling takes as long as all others'
     assert loop.compiled() == [2, 2, 2, 1]
+
+
+@pytest.mark.slow
+def test_a_new_bucket_and_a_new_k_cost_one_program_of_each_step():
+    loop = Loop()
+    for known, sizes in enumerate([{}, dict(width=4), dict(samples=4)], start=1):
+        loop.run(0, **sizes)
+        assert loop.compiled() == [known] * 4
+    for sizes in [dict(samples=4), dict(width=4), {}]:  # each was met before
+        loop.run(1, **sizes)
+    assert loop.compiled() == [3] * 4

@@ -10,7 +10,7 @@ from rlhf_jax.algorithms.grpo import grpo
 def config_with(**algorithm):
     config = get_config()
     config.algorithm = dict(name="grpo", kl_coef=0.0) | algorithm
-    config.rollout.max_draws = 3
+    config.rollout.max_draws = 3 if "select" in algorithm else 1
     return config
 
 

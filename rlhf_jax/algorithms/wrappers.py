@@ -189,8 +189,8 @@ def imitate(
         (logprobs,) = filled(mask, output.logprobs)
         row_weight = jnp.where(jnp.isnan(scores), jnp.nan, 1.0)[:, None]
         term = Term(weight=weight, mean=mean_of(-logprobs * row_weight, mask))
-        rows = jnp.float32(right.shape[0])
-        share = Mean(total=jnp.sum(scores > above, dtype=jnp.float32), count=rows)
+        imitated = jnp.sum(jnp.any(mask, axis=1), dtype=jnp.float32)
+        share = Mean(total=imitated, count=jnp.float32(right.shape[0]))
         return {**terms, "imitate": term}, {**metrics, "policy/imitated": share}
 
     return algorithm._replace(loss=loss)

@@ -1,8 +1,9 @@
 """Supervised rows: a prompt and a completion as one right-padded row, in batches of any kind."""
 
 import copy
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +12,8 @@ from rlhf_jax.data.draws import Drawn, Draws, Flaw, Select
 from rlhf_jax.data.sources import Record, RecordSource
 from rlhf_jax.text.tokenizer import Tokenizer, encode_start
 from rlhf_jax.types import Labelled, Pairs, Steps, Texts
+
+_log = logging.getLogger(__name__)
 
 
 class Row(NamedTuple):
@@ -24,10 +27,17 @@ class Row(NamedTuple):
     trains: list[bool] | None = None
 
 
+class Judged(NamedTuple):
+    """A row and P(it is right)."""
+
+    row: Row
+    label: float
+
+
 class ExampleSource:
     """Batches of one kind of supervised data: a pure function of (seed, position).
 
-    Made by `texts`, `pairs`, `correctness` and `step_labels`.
+    Made by `texts`, `verdicts`, `pairs`, `correctness` and `step_labels`.
 
     Args:
         sources, encode, length, seed, shuffle, overlong, select, flaw: see `Draws`.
@@ -186,6 +196,15 @@ def number(record: Record, name: str, default: float) -> float:
     if not plain or not math.isfinite(value) or value < 0:
         raise ValueError(f"field {name!r} holds {value!r}, not a finite number of 0 or more")
     return float(value)
+
+
+def warn_of_one_class(found: Iterator[Judged]) -> Sequence[int]:
+    """All of them; says so where right and wrong cannot be told apart by learning."""
+    right = [judged.label > 0.5 for judged in found]
+    if len(set(right)) == 1:
+        kind = "right" if right[0] else "not right"
+        _log.warning("all of %d completions are %s: one class only", len(right), kind)
+    return range(len(right))
 
 
 def wordless(row: Row, max_length: int, eos_ids: Sequence[int]) -> Flaw | None:

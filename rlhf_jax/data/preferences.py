@@ -1,7 +1,6 @@
 """Preferences and correctness labels for outcome reward models."""
 
 import functools
-import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,12 +10,14 @@ from rlhf_jax.data.balance import Augmented, balanced_indices, confident_indices
 from rlhf_jax.data.draws import Drawn, Flaw, Select
 from rlhf_jax.data.examples import (
     ExampleSource,
+    Judged,
     Row,
     first_field,
     flag,
     number,
     pad_rows,
     share,
+    warn_of_one_class,
     wordless,
 )
 from rlhf_jax.data.forms import Form
@@ -27,8 +28,6 @@ from rlhf_jax.types import Labelled, Pairs
 
 VOTES = ("mean", "majority")
 
-_log = logging.getLogger(__name__)
-
 
 class _Pair(NamedTuple):
     chosen: Row
@@ -37,11 +36,6 @@ class _Pair(NamedTuple):
     margin: float
     votes: list[float]
     confidence: float
-
-
-class _Judged(NamedTuple):
-    row: Row
-    label: float
 
 
 def label_from_votes(votes: Sequence[float | int | None], *, how: str = "mean") -> float | None:
@@ -243,8 +237,8 @@ def correctness(
 
     form = Form(tokenizer, template=template, chat=chat)
 
-    def encode(record: Record) -> _Judged:
-        return _Judged(form.row(record, completion), share(record, label))
+    def encode(record: Record) -> Judged:
+        return Judged(form.row(record, completion), share(record, label))
 
     def collate(drawn: Sequence[Drawn]) -> Labelled:
         found = [one.encoded for one in drawn]
@@ -262,15 +256,6 @@ def correctness(
         seed=seed,
         shuffle=shuffle,
         overlong=overlong,
-        select=_warn_of_one_class,
+        select=warn_of_one_class,
         flaw=lambda judged: wordless(judged.row, max_length, tokenizer.eos_ids),
     )
-
-
-def _warn_of_one_class(found: Iterator[_Judged]) -> Sequence[int]:
-    """All of them; says so where right and wrong cannot be told apart by learning."""
-    right = [judged.label > 0.5 for judged in found]
-    if len(set(right)) == 1:
-        kind = "right" if right[0] else "not right"
-        _log.warning("all of %d completions are %s: one class only", len(right), kind)
-    return range(len(right))

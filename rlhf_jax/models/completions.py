@@ -6,6 +6,7 @@ updating in microbatches gives ratios other than 1 on most tokens (2.7e-5 in flo
 chunks the first ratio is exactly 1.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -51,17 +52,21 @@ def evaluate_completions(
             both see the same shapes. None = all rows at once.
     """
     tree = join(params, frozen)
+    return _by_rows(lambda chunk: evaluate_chunk(model, tree, chunk, temperature), rollouts, rows)
+
+
+def _by_rows(read: Callable[[Rollouts], Any], rollouts: Rollouts, rows: int | None) -> Any:
+    """What `read` says of rollouts, asked in chunks of `rows` rows; None = all at once."""
     total = rollouts.tokens.shape[0]
     if rows is None or rows == total:
-        return evaluate_chunk(model, tree, rollouts, temperature)
+        return read(rollouts)
     group = rollouts.group_size
     if rows < 1 or total % rows or rows % group:
         raise ValueError(
             f"rows={rows} does not cut {total} rollouts into equal chunks of whole groups of "
             f"{group}; want a divisor of {total} that is a multiple of {group}"
         )
-    chunks = split_rollouts(rollouts, total // rows)
-    out = jax.lax.map(lambda chunk: evaluate_chunk(model, tree, chunk, temperature), chunks)
+    out = jax.lax.map(read, split_rollouts(rollouts, total // rows))
     return join_chunks(out, group)
 
 
@@ -162,6 +167,50 @@ def embed_completions(
     hidden = model.apply(tree, tokens, positions_of(mask), mask, None).hidden
     count = jnp.maximum(jnp.sum(mask, axis=1, dtype=jnp.float32), 1.0)
     return jnp.sum(jnp.where(mask[:, :, None], hidden, 0.0), axis=1) / count[:, None]
+
+
+def answer_logits(
+    model: Model,
+    params: Params,
+    frozen: Params,
+    rollouts: Rollouts,
+    question: Int[Array, " Q"],
+    answers: Int[Array, " A"],
+    *,
+    rows: int | None = None,
+) -> Float[Array, "B A"]:
+    """Logits of tokens as the answer to a question that stands behind each completion.
+
+    The question takes the place of the end-of-text token, where there is one.
+
+    Args:
+        question: ids, as they stand in the text.
+        answers: the ids whose logits are wanted.
+        rows: see `evaluate_completions`.
+
+    Raises:
+        ValueError: the model has no LM head, or is an ensemble, whose members have no such head.
+    """
+    if not model.config.lm_head or model.config.members > 1:
+        raise ValueError("a question wants one model with an LM head, whose tokens answer it")
+    tree, size = join(params, frozen), question.shape[0]
+
+    def read(chunk: Rollouts) -> Float[Array, "B A"]:
+        group, start = chunk.group_size, chunk.prompts.tokens.shape[1]
+        said = jnp.sum(chunk.mask, axis=1, dtype=jnp.int32)  # [B]
+        said = said - ((said > 0) & ~chunk.truncated)  # without end-of-text
+        width = chunk.tokens.shape[1] + size
+        place = jnp.arange(width, dtype=jnp.int32)[None, :] - said[:, None]  # in the question
+        asked = question[jnp.clip(place, 0, size - 1)]
+        tokens = jnp.where(place < 0, jnp.pad(chunk.tokens, ((0, 0), (0, size))), asked)
+        tokens = jnp.concatenate([repeat_groups(chunk.prompts.tokens, group), tokens], axis=1)
+        mask = jnp.concatenate([repeat_groups(chunk.prompts.mask, group), place < size], axis=1)
+        hidden = model.apply(tree, tokens, positions_of(mask), mask, None).hidden  # [B S D]
+        last = (start + said + size - 1)[:, None, None]
+        states = jnp.take_along_axis(hidden, last, axis=1)[:, 0]  # [B D]
+        return model.logits(tree, states)[:, answers].astype(jnp.float32)
+
+    return _by_rows(read, rollouts, rows)
 
 
 def member_texts(

@@ -48,7 +48,8 @@ def ensemble(
         raise ValueError(f"ensemble: head={head!r}, but the model has {model.config.score_heads}")
     if members == 1:
         raise ValueError("ensemble: this is one model; name the reward 'outcome_model' for it")
-    combine_members(jnp.zeros((members, 1)), how, coef=coef)  # raises what is wrong with them
+    one = jax.ShapeDtypeStruct((members, 1), jnp.float32)
+    jax.eval_shape(lambda x: combine_members(x, how, coef=coef), one)  # raises what is wrong
 
     def member_scores(state, rollouts):
         output = evaluate_completions(

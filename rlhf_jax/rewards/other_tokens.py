@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
 from rlhf_jax.rewards.host import Decode, HostBatch, HostScore, Records, local_rows, spread
+from rlhf_jax.text.question import Encode
 from rlhf_jax.text.steps import mark_host_step_ends
 from rlhf_jax.types import Array, Prompts, Reward, Rollouts, Scores, TokenTables
 
@@ -22,12 +23,14 @@ class Writer(NamedTuple):
     """How a text is written in the reward model's tokens.
 
     write(record, completion, truncated) -> (ids of both, how many of them are the prompt's)
+    encode(text) -> ids, without special ones.
     tables: what its ids mean.
     max_prompt, max_tokens: sizes of a row; longer prompts lose their beginning, longer completions
         their end.
     """
 
     write: Callable[[Mapping[str, Any], str, bool], tuple[list[int], int]]
+    encode: Encode
     tables: TokenTables
     max_prompt: int
     max_tokens: int

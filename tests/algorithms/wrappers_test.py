@@ -340,7 +340,9 @@ def test_right_completions_are_imitated_as_in_a_loop(make):
     np.testing.assert_allclose(found["imitate"], (-sum(tokens), len(tokens)), rtol=1e-5)
     assert_same(base, {name: found[name] for name in base})
     share = metrics["policy/imitated"]
-    assert (float(share.total), float(share.count)) == (len(right), ROWS)
+    with_tokens = [i for i in right if LENGTHS[i]]
+    assert 0 < len(with_tokens) < len(right)
+    assert (float(share.total), float(share.count)) == (len(with_tokens), ROWS)
 
     def term(logprobs):
         moved = dataclasses.replace(output, logprobs=logprobs)
@@ -368,9 +370,10 @@ def test_what_is_left_out_is_not_imitated_either():
     rollouts = dataclasses.replace(experience.rollouts, truncated=cut)
     experience = scored(dataclasses.replace(experience, rollouts=rollouts), RIGHT)
     values = dict(reward="exact", above=0.5, weight=0.1)
-    _, every, _ = terms_of(imitate(grpo(), **values), experience, output)
-    _, ended, _ = terms_of(imitate(omit_truncated(grpo()), **values), experience, output)
+    _, every, all_rows = terms_of(imitate(grpo(), **values), experience, output)
+    _, ended, some = terms_of(imitate(omit_truncated(grpo()), **values), experience, output)
     assert float(every["imitate"][1] - ended["imitate"][1]) == LENGTHS[0]
+    assert float(all_rows["policy/imitated"].total - some["policy/imitated"].total) == 1.0
 
 
 def test_a_score_that_is_not_a_number_is_not_passed_over():

@@ -48,14 +48,19 @@ RESOURCES = {
     "params": PARAMS,
     "rows": 4,
     "decode": TOKENIZER.decode,
+    "encode": TOKENIZER.encode,
     "words": ("so",),
     "records": lambda source, record: RECORDS[record],
     "allow": True,
     "isolation": "hook" if namespaces_work() else "namespaces",
 }
-LM_MEMBERS = ("implicit_model",)  # those that read log-probs
+LM_MEMBERS = ("implicit_model", "generative_model")  # those that read log-probs or logits
 # Where a member reads another field than most, or has keys without a default.
-FIELDS = {"choice": {"answer": "letter"}, "overlong": {"limit": 30, "buffer": 20}}
+FIELDS = {
+    "choice": {"answer": "letter"},
+    "overlong": {"limit": 30, "buffer": 20},
+    "generative_model": {"yes": "y", "no": "n"},  # bytes
+}
 
 
 def made(name, **changes):
@@ -101,7 +106,8 @@ def assert_same(a, b):
 
 
 def test_the_shelf_has_the_members_of_this_step():
-    learned = {"advantage_model", "ensemble", "implicit_model", "outcome_model", "process_model"}
+    learned = {"outcome_model", "process_model", "ensemble"}
+    learned |= {"advantage_model", "generative_model", "implicit_model"}
     assert {"exact_match", "keywords", "length", *learned} <= set(MEMBERS)
 
 

@@ -55,7 +55,10 @@ def byte_rollouts():
 
 def wrapped(inner, **sizes):
     writer = Writer(
-        write, token_tables(BYTES, vocab_size=260), **{"max_prompt": 8, "max_tokens": 9} | sizes
+        write,
+        BYTES.encode,
+        token_tables(BYTES, vocab_size=260),
+        **{"max_prompt": 8, "max_tokens": 9} | sizes,
     )
     return translated(
         inner, writer, decode=CHARS.decode, records=lambda source, record: RECORDS[record]

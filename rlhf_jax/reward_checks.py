@@ -110,9 +110,8 @@ def check_made(config: ConfigDict, label: str, tokenizer: Tokenizer, model: Mode
     section, path = config.rewards[label], f"rewards.{label}"
     if "." in section.name:
         return
-    if {"encode", *_ASKED} <= inspect.signature(
-        build.member(path, "rewards", section)
-    ).parameters.keys():
+    wanted = inspect.signature(build.member(path, "rewards", section)).parameters
+    if {"encode", *_ASKED} <= wanted.keys():
         _check_question(config, label, model, tokenizer)
     shapes = None if model is None else model.shapes()
     resources = dict(

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from rlhf_jax import (
     evaluate,
     evaluate_benchmarks,
+    evaluate_best_of,
     evaluate_gold,
     evaluate_reward,
     fit,
@@ -168,6 +169,10 @@ def _selection(config: ConfigDict, later: Later) -> Mapping[str, ModelConfig]:
 def _evaluation(config: ConfigDict, later: Later) -> Mapping[str, ModelConfig]:
     if "reward_sets" in config:
         return _reward_sets(config, later)
+    if "best_of" in config:
+        evaluate_best_of.check_config(config)
+        _policies(config, later)
+        return {}
     if "benchmarks" in config:
         evaluate_benchmarks.check_config(config)
         evaluate_benchmarks.plan(config, later)

@@ -5,7 +5,7 @@ import pathlib
 import pytest
 from ml_collections import ConfigDict
 
-from configs import quickstart
+from configs import quickstart, verdicts
 from rlhf_jax.evaluate import evaluate
 from rlhf_jax.rehearse import rehearse
 from tests.bad_input_test import (  # noqa: F401
@@ -88,3 +88,17 @@ def test_a_source_of_the_report_is_opened_before_anything_is_sampled(line, train
     with pytest.raises(ValueError, match=said):
         evaluate(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_choosing_among_samples_is_a_stage_too(tmp_path):
+    """A judge and a rival that are trained before it, and problems that it could not have."""
+    config = few_problems(verdicts.get_config("small"))
+    stages = [(name, config.stages[name]) for name in config.order]
+    rehearse(stages, str(tmp_path), ())
+    config.stages.evaluation.config.problems = 10_000
+    with pytest.raises(ValueError, match=r"evaluation.*problems=10000"):
+        rehearse(stages, str(tmp_path), ())
+    config.stages.evaluation.config.update(problems=64)
+    put(config, "stages.evaluation.config.best_of.weights", {"jugde": "score"})
+    with pytest.raises(ValueError, match=r"best_of.weights.jugde: no such reward"):
+        rehearse(stages, str(tmp_path), ())

@@ -13,7 +13,10 @@ The judge pays a policy as any reward does:
     rewards = dict(judge=dict(name="generative_model", weight=1.0, init_from="runs/verdicts/judge",
                               question="\\n=", yes="+", no="-"))
 
-``small`` makes problems easy and every stage short.
+``small`` makes problems easy and every stage short. Then, on one seed and 64 problems, exact
+answers were 0.47 (95 %: 0.36 to 0.59) of a sample, 0.77 (0.66 to 0.86) of the one of 8 that the
+judge takes and 0.56 (0.44 to 0.68) of the outcome model's; of 32 samples 0.58 and 0.41, since both
+can be fooled by what is rare. The whole config was not run.
 """
 
 from ml_collections import ConfigDict

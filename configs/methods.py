@@ -3,13 +3,17 @@
     python -m rlhf_jax.train_policy \
         --config=configs/methods.py:method=dapo,init_from=DIR,reward=DIR --workdir=runs/dapo
 
-``init_from`` is a model to start from (empty: random weights of toy size), ``reward`` the folder of
-a reward model, for prime of a run of train_dpo (empty: the exact checker of the embedded task
+``init_from`` is a model to start from (empty: random weights of toy size), such as the folder
+runs/quickstart/sft; a run's folder brings its prompts and its tokenizer. ``reward`` is the folder
+of a reward model, for prime of a run of train_dpo (empty: the exact checker of the embedded task
 alone). Papers train on hundreds of prompts a step; ``prompts`` is what this run has, 16 unless
 given, and all sizes besides K are small too: change `data`, `rollout` and `train` to yours. What a
 paper does not say is marked "ours"; ``vc_ppo`` and ``vapo`` are settings of the algorithm ``ppo``.
 The table in README says which paper; docs/results/algorithms.md what they do on one task.
 """
+
+import json
+import pathlib
 
 from ml_collections import ConfigDict
 
@@ -104,6 +108,17 @@ def implicit_rewards(folder: str) -> dict:
     return dict(exact=dict(name="exact_match", weight=1.0), implicit=implicit)
 
 
+def data_of(folder: str, default: ConfigDict) -> ConfigDict:
+    """The prompts and the tokenizer of the run in a folder; of another model its tokenizer."""
+    path = pathlib.Path(folder) / "config.json"
+    if not path.is_file():  # what is wrong with it the program says
+        return default
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if "model_type" in found:
+        return ConfigDict(default.to_dict() | dict(tokenizer=folder))
+    return ConfigDict(found["data"]) if "name" in found.get("data", {}) else default
+
+
 def get_config(arg: str | None = None) -> ConfigDict:
     args = parse_arg(arg, method="ppo", init_from="", reward="", prompts=16, steps=100, seed=0)
     if args.method not in METHODS:
@@ -114,6 +129,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # A model of a folder has its own sizes; "tiny" is that of random weights.
     model = dict(init_from=args.init_from, remat="products", compute_dtype="float32")
     config.model = model if args.init_from else dict(name="tiny", **model)
+    config.data = data_of(args.init_from, config.data)
     config.model.update(paper.get("adapters", {}))
     # PE-RLHF's critic is adapters on the policy's base.
     from_reward = args.reward and args.method not in ("pe_reinforce", "prime")

@@ -127,3 +127,15 @@ def test_the_settings_of_a_paper_can_be_planned(method, tmp_path, monkeypatch):
     assert config.algorithm.name == METHODS[method]["algorithm"].get("name", method)
     assert (plan.pretraining.steps > 0) == ("pretrain" in METHODS[method])
     assert plan.sizes.samples >= plan.algorithm.needs.min_group
+
+
+def test_a_run_that_a_method_starts_from_brings_its_prompts(tmp_path):
+    """And another model its tokenizer; the other keys stay the config's."""
+    own = load("quickstart").stages.sft.config.data.to_dict()
+    (tmp_path / "config.json").write_text(json.dumps({"data": own}))
+    config = load("methods", f"method=dapo,init_from={tmp_path}")
+    assert config.data.to_dict() == own
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    config = load("methods", f"method=dapo,init_from={tmp_path}")
+    plain = load("methods", "method=dapo").data.to_dict()
+    assert config.data.to_dict() == plain | dict(tokenizer=str(tmp_path))

@@ -18,7 +18,7 @@ from rlhf_jax.models.transformer import Model
 from rlhf_jax.training.supervised import create_supervised_state, make_supervised_step
 from rlhf_jax.types import Labelled, ModelOutput, Pairs, Texts
 
-AT_REST, MOST_STEPS = 1e-4, 200  # a step's length as a share of that of the parameters
+AT_REST, MOST_STEPS = 1e-4, 500  # a step's length as a share of that of the parameters
 
 
 def own_features(tree, rows, mask):

@@ -20,7 +20,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.passes import check_positions
 from rlhf_jax.models.transformer import decoder
 from rlhf_jax.reference_answers import check_answers
-from rlhf_jax.reward_texts import own_tokenizers, writers
+from rlhf_jax.reward_texts import own_tokenizers, row_sizes, writers
 from rlhf_jax.rewards.other_tokens import Writer
 from rlhf_jax.schema import check_keys, within
 from rlhf_jax.text.steps import token_tables
@@ -198,9 +198,7 @@ def check_lengths(config: ConfigDict, described: Mapping[str, ModelConfig]) -> N
     """Raises a ValueError for rows longer than the positions that a role's model learned."""
     for role, model in described.items():
         _, _, label = role.partition("/")
-        section = config.rewards[label] if label else {}
-        prompt = section.get("max_prompt", config.data.max_prompt)
-        tokens = section.get("max_tokens", config.rollout.max_tokens)
+        prompt, tokens = row_sizes(config, config.rewards[label] if label else {}).values()
         with within(f"data.max_prompt={prompt} and rollout.max_tokens={tokens} for {role}"):
             check_positions(model, prompt + tokens)
 

@@ -1,6 +1,7 @@
 """What a reward's section may say: all of it is looked at before anything is loaded."""
 
 import inspect
+from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
@@ -9,15 +10,14 @@ from rlhf_jax.models.passes import check_positions
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.ops.step_labels import check_how
 from rlhf_jax.policy_sections import Shaping
+from rlhf_jax.reward_texts import row_sizes
 from rlhf_jax.rewards.base import device_reward, length_penalty, scale
 from rlhf_jax.schema import check_call, check_section, within
 from rlhf_jax.sections import Wrappers
-from rlhf_jax.text.question import read_question
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import Learner
 
 _OF_STEPS = ("process_model", "implicit_model")  # outcomes are 0 unless steps are aggregated
-_ASKED = ("question", "yes", "no")
 _LEARNER = Learner(init=dict, step=dict)  # a place is kept: nothing learns in a check
 
 
@@ -110,9 +110,6 @@ def check_made(config: ConfigDict, label: str, tokenizer: Tokenizer, model: Mode
     section, path = config.rewards[label], f"rewards.{label}"
     if "." in section.name:
         return
-    wanted = inspect.signature(build.member(path, "rewards", section)).parameters
-    if {"encode", *_ASKED} <= wanted.keys():
-        _check_question(config, label, model, tokenizer)
     shapes = None if model is None else model.shapes()
     resources = dict(
         model=model,
@@ -127,16 +124,15 @@ def check_made(config: ConfigDict, label: str, tokenizer: Tokenizer, model: Mode
     )
     plain = {key: value for key, value in section.to_dict().items() if key != "relative"}
     build.reward(label, ConfigDict(plain), resources)
+    wanted = inspect.signature(build.member(path, "rewards", section)).parameters
+    if "question" in wanted:
+        question = tokenizer.encode(section.get("question", wanted["question"].default))
+        _check_room(config, label, model, question)
 
 
-def _check_question(config: ConfigDict, label: str, model: Model, tokenizer: Tokenizer) -> None:
-    """Raises a ValueError where the question cannot be asked, or leaves no positions for it."""
-    section, path = config.rewards[label], f"rewards.{label}"
-    with within(path):
-        asked = read_question(
-            tokenizer.encode, **{key: section[key] for key in _ASKED if key in section}
-        )
-    prompt = section.get("max_prompt", config.data.max_prompt)
-    tokens = section.get("max_tokens", config.rollout.max_tokens)
-    with within(f"data.max_prompt={prompt}, rollout.max_tokens={tokens} and {path}.question"):
-        check_positions(model.config, prompt + tokens + len(asked.ids))
+def _check_room(config: ConfigDict, label: str, model: Model, question: Sequence[int]) -> None:
+    """Raises a ValueError where the model has no positions for a question behind its rows."""
+    prompt, tokens = row_sizes(config, config.rewards[label]).values()
+    where = f"data.max_prompt={prompt}, rollout.max_tokens={tokens} and rewards.{label}.question"
+    with within(where):
+        check_positions(model.config, prompt + tokens + len(question))

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -85,7 +86,18 @@ def writers(
             write=write,
             encode=tokenizer.encode,
             tables=token_tables(tokenizer, vocab_size=vocab_sizes[label]),
-            max_prompt=section.get("max_prompt", config.data.max_prompt),
-            max_tokens=section.get("max_tokens", config.rollout.max_tokens),
+            **row_sizes(config, section),
         )
     return made
+
+
+def row_sizes(config: ConfigDict, section: ConfigDict | dict[str, Any]) -> dict[str, int]:
+    """``max_prompt`` and ``max_tokens`` of a model's rows: the run's, or a reward's own.
+
+    Args:
+        section: of a reward; {} for a model that reads what the policy writes.
+    """
+    return dict(
+        max_prompt=section.get("max_prompt", config.data.max_prompt),
+        max_tokens=section.get("max_tokens", config.rollout.max_tokens),
+    )

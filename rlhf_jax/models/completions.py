@@ -102,11 +102,8 @@ def evaluate_chunk(
 
 def _evaluate_one(model, tree, rollouts, temperature) -> CompletionOutput:
     config = model.config
-    prompts, group = rollouts.prompts, rollouts.group_size
-    start, length = prompts.tokens.shape[1], rollouts.tokens.shape[1]
-    tokens = jnp.concatenate([repeat_groups(prompts.tokens, group), rollouts.tokens], axis=1)
-    mask = jnp.concatenate([repeat_groups(prompts.mask, group), rollouts.mask], axis=1)
-    hidden = model.apply(tree, tokens, positions_of(mask), mask, None).hidden  # [B S D]
+    start, length = rollouts.prompts.tokens.shape[1], rollouts.tokens.shape[1]
+    hidden, _ = _behind_prompts(model, tree, rollouts, rollouts.tokens, rollouts.mask)  # [B S D]
     before = hidden[:, start - 1 : start - 1 + length]  # [B T D]
     at = hidden[:, start:]
 
@@ -132,6 +129,14 @@ def _evaluate_one(model, tree, rollouts, temperature) -> CompletionOutput:
             scores |= {name: read[name] for name in names}
     scores = {name: zero_padding(score) for name, score in scores.items()}
     return CompletionOutput(logprobs=logprobs, entropy=entropy, scores=scores)
+
+
+def _behind_prompts(model, tree, rollouts, tokens, mask):
+    """Final hidden states of each row's prompt with `tokens` behind it, and which are real."""
+    prompts, group = rollouts.prompts, rollouts.group_size
+    tokens = jnp.concatenate([repeat_groups(prompts.tokens, group), tokens], axis=1)
+    mask = jnp.concatenate([repeat_groups(prompts.mask, group), mask], axis=1)
+    return model.apply(tree, tokens, positions_of(mask), mask, None).hidden, mask
 
 
 def positions_of(mask: Array) -> Int[Array, "B S"]:
@@ -161,10 +166,8 @@ def embed_completions(
     """
     if model.config.members > 1:
         raise ValueError(f"{model.config.members} models have no embedding in common; name one")
-    tree, prompts, group = join(params, frozen), rollouts.prompts, rollouts.group_size
-    tokens = jnp.concatenate([repeat_groups(prompts.tokens, group), rollouts.tokens], axis=1)
-    mask = jnp.concatenate([repeat_groups(prompts.mask, group), rollouts.mask], axis=1)
-    hidden = model.apply(tree, tokens, positions_of(mask), mask, None).hidden
+    tree = join(params, frozen)
+    hidden, mask = _behind_prompts(model, tree, rollouts, rollouts.tokens, rollouts.mask)
     count = jnp.maximum(jnp.sum(mask, axis=1, dtype=jnp.float32), 1.0)
     return jnp.sum(jnp.where(mask[:, :, None], hidden, 0.0), axis=1) / count[:, None]
 
@@ -196,16 +199,14 @@ def answer_logits(
     tree, size = join(params, frozen), question.shape[0]
 
     def read(chunk: Rollouts) -> Float[Array, "B A"]:
-        group, start = chunk.group_size, chunk.prompts.tokens.shape[1]
+        start = chunk.prompts.tokens.shape[1]
         said = jnp.sum(chunk.mask, axis=1, dtype=jnp.int32)  # [B]
         said = said - ((said > 0) & ~chunk.truncated)  # without end-of-text
         width = chunk.tokens.shape[1] + size
         place = jnp.arange(width, dtype=jnp.int32)[None, :] - said[:, None]  # in the question
         asked = question[jnp.clip(place, 0, size - 1)]
         tokens = jnp.where(place < 0, jnp.pad(chunk.tokens, ((0, 0), (0, size))), asked)
-        tokens = jnp.concatenate([repeat_groups(chunk.prompts.tokens, group), tokens], axis=1)
-        mask = jnp.concatenate([repeat_groups(chunk.prompts.mask, group), place < size], axis=1)
-        hidden = model.apply(tree, tokens, positions_of(mask), mask, None).hidden  # [B S D]
+        hidden, _ = _behind_prompts(model, tree, chunk, tokens, place < size)  # [B S D]
         last = (start + said + size - 1)[:, None, None]
         states = jnp.take_along_axis(hidden, last, axis=1)[:, 0]  # [B D]
         return model.logits(tree, states)[:, answers].astype(jnp.float32)

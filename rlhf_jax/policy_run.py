@@ -30,6 +30,7 @@ from rlhf_jax.training.experience import (
 )
 from rlhf_jax.training.keys import Purpose, step_key
 from rlhf_jax.training.monitor import batch_metrics, signal_metrics
+from rlhf_jax.training.one_pass import Report, fits_one_pass, make_one_pass_step
 from rlhf_jax.training.selection import refill
 from rlhf_jax.training.state import create_state
 from rlhf_jax.training.update import compile_update, make_update_step
@@ -46,12 +47,15 @@ from rlhf_jax.types import (
 
 
 class Steps(NamedTuple):
-    """The compiled programs of one iteration; the last six are None where nobody needs them."""
+    """The compiled programs of one iteration; the last six are None where nobody needs them.
+
+    monitor: what a batch says before its update; None where the update says it (`one_pass`).
+    """
 
     generate: Callable[..., Rollouts]
     score: Callable[..., Any] | None
     evaluate: Callable[..., Any]
-    monitor: Callable[..., Any]
+    monitor: Callable[..., Any] | None
     update: Callable[..., Any]
     select: Callable[..., Any] | None
     refill: Callable[..., Any] | None
@@ -274,8 +278,7 @@ def _initial(reward: Reward, mesh: Mesh) -> Any:
 def _compile(
     plan: PolicyPlan, rewards: Mapping[str, Reward], train: TrainState, reference: Params
 ) -> Steps:
-    config, sizes, models, algorithm = plan.config, plan.sizes, plan.models, plan.algorithm
-    temperature = config.rollout.sampling.get("temperature", 1.0)
+    sizes, models, algorithm = plan.sizes, plan.models, plan.algorithm
     needs = algorithm.needs
 
     def sample(params, frozen, prompts, key, sampling, tables, version):
@@ -285,8 +288,8 @@ def _compile(
             mesh=plan.mesh,
         )  # fmt: skip
 
-    def monitor(experience, policy_out, step):
-        metrics = batch_metrics(experience, policy_out.entropy, step, reference=needs.reference)
+    def report(experience, entropy, step):
+        metrics = batch_metrics(experience, entropy, step, reference=needs.reference)
         drawn = {} if select else signal_metrics(experience.scores, sizes.samples)
         return metrics | drawn
 
@@ -308,25 +311,48 @@ def _compile(
         return constrain_rows(batch, plan.rules), signal
 
     device, select = rewards.get("device"), algorithm.select
-    evaluate = make_evaluate_step(models, needs, temperature=temperature, rows=sizes.rows)
-    parts = {name: config.updates[name] for name in ("epochs", "minibatches", "microbatches")}
-    given = parts | dict(temperature=temperature, group_size=sizes.samples)
-    update = make_update_step(models, algorithm, plan.optimizers, **given)
-    critic = None
-    if plan.pretraining.steps:
-        alone = make_critic_step(models, plan.pretraining.algorithm, plan.optimizers, **given)
-        critic = compile_update(alone, train, plan.mesh)
     return Steps(
         generate=jax.jit(sample),
         score=device and compile_score(score),
-        evaluate=compile_evaluate(evaluate, plan.mesh),
-        monitor=jax.jit(monitor),
-        update=compile_update(update, train, plan.mesh),
         select=jax.jit(select_groups) if select else None,
         refill=jax.jit(refill_groups) if select else None,
-        update_critic=critic,
         adapt_kl_coef=controls.compile_kl_coef(plan.controls.kl_coef, plan.mesh),
         move_reference=controls.compile_reference(plan.controls.reference, reference),
+        **_compile_learning(plan, train, report),
+    )
+
+
+def _compile_learning(
+    plan: PolicyPlan, train: TrainState, report: Report
+) -> dict[str, Callable | None]:
+    """The steps from rollouts and scores to new parameters; batches that are trained on once, and
+    whole, are evaluated and reported by their update."""
+    models, algorithm, updates = plan.models, plan.algorithm, plan.config.updates
+    parts = {name: updates[name] for name in ("epochs", "minibatches", "microbatches")}
+    temperature = plan.config.rollout.sampling.get("temperature", 1.0)
+    around = dict(temperature=temperature, group_size=plan.sizes.samples)
+    # A critic that trains alone first wants experience that is whole.
+    at_once = fits_one_pass(**parts) and not plan.pretraining.steps
+    if at_once:
+        update = make_one_pass_step(models, algorithm, plan.optimizers, **around, report=report)
+    else:
+        update = make_update_step(models, algorithm, plan.optimizers, **parts, **around)
+    evaluate = make_evaluate_step(
+        models,
+        algorithm.needs,
+        temperature=temperature,
+        rows=plan.sizes.rows,
+        trained=not at_once,
+    )
+    critic = None
+    if plan.pretraining.steps:
+        alone = plan.pretraining.algorithm
+        critic = make_critic_step(models, alone, plan.optimizers, **parts, **around)
+    return dict(
+        evaluate=compile_evaluate(evaluate, plan.mesh),
+        monitor=None if at_once else jax.jit(report),
+        update=compile_update(update, train, plan.mesh, exact=not at_once),
+        update_critic=critic and compile_update(critic, train, plan.mesh),
     )
 
 

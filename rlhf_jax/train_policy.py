@@ -2,7 +2,8 @@
 
     python -m rlhf_jax.train_policy --config=configs/ppo_tiny.py --workdir=DIR
 
-Four compiled steps an iteration: generate, score, evaluate, update. Host verifiers run while
+Four compiled steps an iteration: generate, score, evaluate, update. A batch that is trained on once
+and whole is evaluated by its update, but for the reference. Host verifiers run while
 `score` and `evaluate` are in flight. The checkpoint is the `RunState`; a run that is stopped and
 started again repeats, bit for bit, what it would have done.
 """
@@ -124,13 +125,17 @@ def iterate(run: PolicyRun, state: RunState, step: int) -> tuple[RunState, Itera
     extra = run.fetch_extra(state)
     kl_coef = state.controllers.get(controls.KL_COEF)  # None: the algorithm's own
     experience = make_experience(rollouts, scores, *outputs, extra, kl_coef)
-    metrics = add(drawn, run.steps.monitor(experience, outputs[0], state.train.step))
+    metrics = drawn
+    if run.steps.monitor is not None:
+        found = run.steps.monitor(experience, outputs[0].entropy, state.train.step)
+        metrics = add(metrics, found)
     metrics = add(metrics, axis_metrics(run.plan.config.rollout, sizes.prompts, sizes.lr_factor))
     state, learnt = learn(run, state, step, experience)
+    metrics = add(metrics, learnt)
     if step >= run.plan.pretraining.steps:
         state, driven = run.control(state, step, metrics)
         metrics = add(metrics, driven)
-    return state, Iteration(rollouts, scores, add(metrics, learnt))
+    return state, Iteration(rollouts, scores, metrics)
 
 
 def learn(

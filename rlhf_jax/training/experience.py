@@ -32,11 +32,16 @@ COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
 # program otherwise than in another: a sum after a product then adds up in another order.
 APART = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
-Evaluated = tuple[CompletionOutput, CompletionOutput | None, CompletionOutput | None]
+Evaluated = tuple[CompletionOutput | None, CompletionOutput | None, CompletionOutput | None]
 
 
 def make_evaluate_step(
-    models: Models, needs: Needs, *, temperature: Float[Array, ""] | float, rows: int | None
+    models: Models,
+    needs: Needs,
+    *,
+    temperature: Float[Array, ""] | float,
+    rows: int | None,
+    trained: bool = True,
 ) -> Callable[[Mapping[str, Params], Mapping[str, Params], Rollouts], Evaluated]:
     """A pure function (params, frozen, rollouts) -> (policy, reference, value) outputs.
 
@@ -49,6 +54,8 @@ def make_evaluate_step(
         temperature: the sampling temperature; log-probs are those of logits / temperature.
         rows: rollouts per forward pass. Take the update's microbatch: in equal chunks the
             update's first probability ratio is exactly 1, in others it is off in the last bits.
+        trained: whether policy and critic run; False where the update does it
+            (`training.one_pass`).
     """
 
     def evaluate_step(params, frozen, rollouts):
@@ -58,13 +65,14 @@ def make_evaluate_step(
             )
             return constrain_rows(output, model.rules)
 
-        reference = value = None
-        with jax.named_scope("evaluate_policy"):
-            policy = run(models.policy, params["policy"], frozen["policy"])
+        policy = reference = value = None
+        if trained:
+            with jax.named_scope("evaluate_policy"):
+                policy = run(models.policy, params["policy"], frozen["policy"])
         if needs.reference:
             with jax.named_scope("evaluate_reference"):
                 reference = run(models.reference, _reference(frozen), {})
-        if needs.value:
+        if needs.value and trained:
             with jax.named_scope("evaluate_value"):
                 own = models.value is not None
                 value = run(models.value, params["value"], frozen["value"]) if own else policy
@@ -76,7 +84,7 @@ def make_evaluate_step(
 def make_experience(
     rollouts: Rollouts,
     scores: Scores,
-    policy_out: CompletionOutput,
+    policy_out: CompletionOutput | None,
     ref_out: CompletionOutput | None,
     value_out: CompletionOutput | None,
     extra: dict[str, Texts],
@@ -87,11 +95,11 @@ def make_experience(
     Args:
         kl_coef: β in this step where a controller drives it.
     """
-    zeros = _zeros_like(policy_out.logprobs)
+    zeros = _zeros_like(rollouts.logprobs if policy_out is None else policy_out.logprobs)
     return Experience(
         rollouts=rollouts,
         scores=scores,
-        logprobs=policy_out.logprobs,
+        logprobs=zeros if policy_out is None else policy_out.logprobs,
         ref_logprobs=zeros if ref_out is None else ref_out.logprobs,
         values=zeros if value_out is None else value_out.scores["value"],
         extra=extra,

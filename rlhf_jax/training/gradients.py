@@ -83,10 +83,8 @@ def accumulate_gradients(
 
     def part(params, chunk):
         terms, metrics = problem.loss(problem.forward(params, chunk), chunk)
-        parts = [term.weight * _divide(term.mean.total, counts[n]) for n, term in terms.items()]
-        means = {f"loss/{name}": term.mean for name, term in terms.items()}
-        value = sum(parts, jnp.zeros((), jnp.float32))
-        return value, (value, union(metrics, means))
+        value = weighted_sum(terms, counts)
+        return value, (value, union(metrics, term_means(terms)))
 
     def step(total, chunk):
         grads, (value, metrics) = jax.grad(part, has_aux=True)(params, chunk)
@@ -96,10 +94,27 @@ def accumulate_gradients(
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
     grads, (values, metrics) = jax.lax.scan(step, problem.constrain_grads(zeros), chunks)
     metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)
-    empty = sum((count == 0 for count in counts.values()), jnp.zeros((), jnp.float32))
     loss = jnp.sum(values)
-    report = {"update/loss": single(loss), "update/terms_empty": single(empty)}
-    return grads, loss, union(metrics, report)
+    return grads, loss, union(metrics, loss_report(loss, counts))
+
+
+def weighted_sum(
+    terms: Mapping[str, Term], counts: Mapping[str, Float[Array, ""]]
+) -> Float[Array, ""]:
+    """Σ weight · total / count over the terms of a loss; a term without a count adds nothing."""
+    parts = [term.weight * _divide(term.mean.total, counts[n]) for n, term in terms.items()]
+    return sum(parts, jnp.zeros((), jnp.float32))
+
+
+def term_means(terms: Mapping[str, Term]) -> Metrics:
+    """Every term, unweighted, as the metric ``loss/<term>``."""
+    return {f"loss/{name}": term.mean for name, term in terms.items()}
+
+
+def loss_report(loss: Float[Array, ""], counts: Mapping[str, Float[Array, ""]]) -> Metrics:
+    """What a minibatch's loss was, and how many of its terms had nothing to average."""
+    empty = sum((count == 0 for count in counts.values()), jnp.zeros((), jnp.float32))
+    return {"update/loss": single(loss), "update/terms_empty": single(empty)}
 
 
 def apply_gradients(

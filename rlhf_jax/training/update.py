@@ -12,7 +12,7 @@ Minibatches and microbatches are whole groups; the innermost two lines are `grad
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -181,12 +181,22 @@ def _update(
         )
     # Gradients flow through the model's output alone.
     batch = jax.lax.stop_gradient(Batch(experience, targets))
-    problem = _policy_problem(plan, frozen)
-    carry = Carry(dict(state.params), dict(state.opt_state), state.skipped, state.lr_scale)
-    carry, metrics = run_epochs(plan, problem, carry, batch, key)
+    problem = policy_problem(plan, frozen)
+    carry, metrics = run_epochs(plan, problem, carry_of(state), batch, key)
     first = jax.tree.map(lambda x: x[0, 0], metrics.pop("update/first_logprob_gap"))
     metrics = jax.tree.map(lambda x: jnp.sum(x, axis=(0, 1)), metrics)
-    state = TrainState(
+    metrics |= {"update/first_logprob_gap": first} | batch_report(plan, carry, batch)
+    return after_update(state, carry, algorithm_state), metrics
+
+
+def carry_of(state: TrainState) -> Carry:
+    """What the first minibatch starts from."""
+    return Carry(dict(state.params), dict(state.opt_state), state.skipped, state.lr_scale)
+
+
+def after_update(state: TrainState, carry: Carry, algorithm_state: Any) -> TrainState:
+    """The state after one batch: what its minibatches made, and what its targets remember."""
+    return TrainState(
         step=state.step + 1,
         params=carry.params,
         opt_state=carry.opt_state,
@@ -194,13 +204,14 @@ def _update(
         skipped=carry.skipped,
         lr_scale=carry.lr_scale,
     )
-    in_row = single(carry.skipped.astype(jnp.float32))
+
+
+def batch_report(plan: Plan, carry: Carry, batch: Batch) -> Metrics:
+    """What is said once of a batch, and not of each of its minibatches."""
+    metrics = {"update/skipped_in_row": single(carry.skipped.astype(jnp.float32))}
     if plan.algorithm.needs.value:
-        metrics["value/explained_variance"] = explained_variance(experience, targets)
-    return state, metrics | {
-        "update/first_logprob_gap": first,
-        "update/skipped_in_row": in_row,
-    }
+        metrics["value/explained_variance"] = explained_variance(*batch)
+    return metrics
 
 
 def run_epochs(
@@ -252,7 +263,7 @@ def _run_minibatch(
     return descend(problem, {role: plan.optimizers[role] for role in carry.params}, carry, chunks)
 
 
-def _policy_problem(plan, frozen):
+def policy_problem(plan: Plan, frozen: Frozen) -> Problem:
     """The algorithm's loss on the outputs of policy and critic."""
     models, algorithm, needs = plan.models, plan.algorithm, plan.algorithm.needs
 

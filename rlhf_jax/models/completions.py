@@ -7,7 +7,7 @@ chunks the first ratio is exactly 1.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from rlhf_jax.models.heads import EARLY_HEADS, EXPECTED_HEAD, OUTCOME_HEAD
 from rlhf_jax.models.lora import join
 from rlhf_jax.models.members import each_member
+from rlhf_jax.models.passes import Layout
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.ops.groups import join_chunks, repeat_groups, split_chunks
 from rlhf_jax.ops.logprobs import chunked_logprobs
@@ -85,7 +86,8 @@ def split_rollouts(tree: Any, chunks: int) -> Any:
 def evaluate_chunk(
     model: Model, tree: Params, rollouts: Rollouts, temperature: Float[Array, ""] | float
 ) -> CompletionOutput:
-    """One forward pass over prompts and completions; numbers at padding are 0.
+    """One forward pass over prompts, each read once for all its samples, and completions; numbers
+    at padding are 0.
 
     Token t lies in column P+t and is predicted in column P+t-1: there log-prob, entropy and
     the heads that expect something (value, expected) are read. All others are read at the token.
@@ -102,10 +104,7 @@ def evaluate_chunk(
 
 def _evaluate_one(model, tree, rollouts, temperature) -> CompletionOutput:
     config = model.config
-    start, length = rollouts.prompts.tokens.shape[1], rollouts.tokens.shape[1]
-    hidden, _ = _behind_prompts(model, tree, rollouts, rollouts.tokens, rollouts.mask)  # [B S D]
-    before = hidden[:, start - 1 : start - 1 + length]  # [B T D]
-    at = hidden[:, start:]
+    states = _behind_prompts(model, tree, rollouts, rollouts.tokens, rollouts.mask)
 
     def zero_padding(x):
         return jnp.where(rollouts.mask, x, 0.0)
@@ -113,8 +112,8 @@ def _evaluate_one(model, tree, rollouts, temperature) -> CompletionOutput:
     logprobs = entropy = None
     if config.lm_head:
         logprobs, entropy = chunked_logprobs(
-            before,
-            lambda states: model.logits(tree, states),
+            states.before,
+            lambda chunk: model.logits(tree, chunk),
             rollouts.tokens,
             temperature=temperature,
             chunk=config.logprob_chunk,
@@ -123,20 +122,49 @@ def _evaluate_one(model, tree, rollouts, temperature) -> CompletionOutput:
     scores = {}
     early = [name for name in config.score_heads if name in EARLY_HEADS]
     late = [name for name in config.score_heads if name not in EARLY_HEADS]
-    for names, states in ((early, before), (late, at)):
+    for names, hidden in ((early, states.before), (late, states.own)):
         if names:
-            read = model.scores(tree, states)
+            read = model.scores(tree, hidden)
             scores |= {name: read[name] for name in names}
     scores = {name: zero_padding(score) for name, score in scores.items()}
     return CompletionOutput(logprobs=logprobs, entropy=entropy, scores=scores)
 
 
-def _behind_prompts(model, tree, rollouts, tokens, mask):
-    """Final hidden states of each row's prompt with `tokens` behind it, and which are real."""
+class Behind(NamedTuple):
+    """Final hidden states of prompts, of the tokens behind them, and of the one before each."""
+
+    prompts: Float[Array, "N P D"]
+    own: Float[Array, "B T D"]
+    before: Float[Array, "B T D"]
+
+
+def _behind_prompts(model, tree, rollouts, tokens, mask) -> Behind:
+    """One pass over prompts with `tokens` [B T] behind them; each prompt is read once for all K
+    rows of its group, which lie one after the other in its row (see `full_pass`)."""
     prompts, group = rollouts.prompts, rollouts.group_size
-    tokens = jnp.concatenate([repeat_groups(prompts.tokens, group), tokens], axis=1)
-    mask = jnp.concatenate([repeat_groups(prompts.mask, group), mask], axis=1)
-    return model.apply(tree, tokens, positions_of(mask), mask, None).hidden, mask
+    start = prompts.tokens.shape[1]
+    before = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
+    positions = repeat_groups(before, group)[:, None] + jnp.cumsum(mask, axis=1, dtype=jnp.int32)
+    positions = jnp.maximum(positions - 1, 0)
+
+    def rows(of_prompts, own):
+        own = jnp.reshape(own, (of_prompts.shape[0], -1))
+        return jnp.concatenate([of_prompts, own], axis=1)  # [N P+KT]
+
+    hidden = model.apply(
+        tree,
+        rows(prompts.tokens, tokens),
+        rows(positions_of(prompts.mask), positions),
+        rows(prompts.mask, mask),
+        None,
+        Layout(start, group) if group > 1 else None,
+    ).hidden
+    first, own = hidden[:, :start], hidden[:, start:]
+    if group == 1:
+        return Behind(first, own, before=hidden[:, start - 1 : -1])
+    own = jnp.reshape(own, (*tokens.shape, hidden.shape[2]))
+    last = repeat_groups(first[:, -1:], group)
+    return Behind(first, own, before=jnp.concatenate([last, own[:, :-1]], axis=1))
 
 
 def positions_of(mask: Array) -> Int[Array, "B S"]:
@@ -167,7 +195,13 @@ def embed_completions(
     if model.config.members > 1:
         raise ValueError(f"{model.config.members} models have no embedding in common; name one")
     tree = join(params, frozen)
-    hidden, mask = _behind_prompts(model, tree, rollouts, rollouts.tokens, rollouts.mask)
+    states = _behind_prompts(model, tree, rollouts, rollouts.tokens, rollouts.mask)
+
+    def rows(of_prompts, own):
+        return jnp.concatenate([repeat_groups(of_prompts, rollouts.group_size), own], axis=1)
+
+    hidden = rows(states.prompts, states.own)  # [B S D]
+    mask = rows(rollouts.prompts.mask, rollouts.mask)
     count = jnp.maximum(jnp.sum(mask, axis=1, dtype=jnp.float32), 1.0)
     return jnp.sum(jnp.where(mask[:, :, None], hidden, 0.0), axis=1) / count[:, None]
 
@@ -199,16 +233,15 @@ def answer_logits(
     tree, size = join(params, frozen), question.shape[0]
 
     def read(chunk: Rollouts) -> Float[Array, "B A"]:
-        start = chunk.prompts.tokens.shape[1]
         said = jnp.sum(chunk.mask, axis=1, dtype=jnp.int32)  # [B]
         said = said - ((said > 0) & ~chunk.truncated)  # without end-of-text
         width = chunk.tokens.shape[1] + size
         place = jnp.arange(width, dtype=jnp.int32)[None, :] - said[:, None]  # in the question
         asked = question[jnp.clip(place, 0, size - 1)]
         tokens = jnp.where(place < 0, jnp.pad(chunk.tokens, ((0, 0), (0, size))), asked)
-        hidden, _ = _behind_prompts(model, tree, chunk, tokens, place < size)  # [B S D]
-        last = (start + said + size - 1)[:, None, None]
-        states = jnp.take_along_axis(hidden, last, axis=1)[:, 0]  # [B D]
+        own = _behind_prompts(model, tree, chunk, tokens, place < size).own  # [B T+Q D]
+        last = (said + size - 1)[:, None, None]
+        states = jnp.take_along_axis(own, last, axis=1)[:, 0]  # [B D]
         return model.logits(tree, states)[:, answers].astype(jnp.float32)
 
     return _by_rows(read, rollouts, rows)

@@ -1,18 +1,31 @@
 """How rows go through the layers: all at once for training, or with a cache for decoding."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from rlhf_jax.models.blocks import KEPT, Block, Past, Sight, write_columns
+from rlhf_jax.models.attention import KEPT
+from rlhf_jax.models.blocks import Block, GroupSight, Past, Sight, write_columns
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.rope import rope
-from rlhf_jax.types import Array, Cache, Prefix
+from rlhf_jax.types import Array, Cache
 
 Columns = Int[Array, "B S"] | Int[Array, "1 S"]
+
+
+class Layout(NamedTuple):
+    """How a row holds a whole group: its prompt, left-padded, and behind it, one after the other,
+    its samples, right-padded. The samples do not see each other.
+
+    prompt: columns of the prompt, P.
+    samples: how many of it there are, K; all other columns are theirs.
+    """
+
+    prompt: int
+    samples: int
 
 
 def sights(
@@ -47,12 +60,19 @@ def full_pass(
     x: Float[Array, "B S D"],
     positions: Int[Array, "B S"],
     mask: Bool[Array, "B S"],
+    layout: Layout | None = None,
 ) -> Float[Array, "B S D"]:
-    """All layers on whole rows: scanned where stacked, in a Python loop where a list."""
-    length = mask.shape[1]
-    check_positions(config, length)
-    causal = jnp.tril(jnp.ones((length, length), bool))
-    both = sights(config, positions, jnp.arange(length)[None], mask[:, None, :] & causal[None])
+    """All layers on whole rows: scanned where stacked, in a Python loop where a list.
+
+    Args:
+        layout: where rows hold whole groups. Prompts then are read once for all their samples, and
+            the numbers and gradients are those of rows in which each sample stands behind a prompt
+            of its own (Prefix Grouper: Liu et al. 2025, https://arxiv.org/abs/2506.05433).
+    """
+    if layout is None:
+        both = _own_sights(config, positions, mask)
+    else:
+        both = _group_sights(config, positions, mask, layout)
 
     def step(x, layer_and_kind):
         layer, local = layer_and_kind
@@ -77,7 +97,39 @@ def full_pass(
     return x
 
 
-def _choose(both: tuple[Sight | None, Sight | None], local: Bool[Array, ""]) -> Sight:
+def _own_sights(config, positions, mask):
+    """`sights` of whole rows, whose tokens see themselves and those before."""
+    length = mask.shape[1]
+    check_positions(config, length)
+    seen = mask[:, None, :] & _causal(length)
+    return sights(config, positions, jnp.arange(length)[None], seen)
+
+
+def _group_sights(config, positions, mask, layout):
+    """`sights` of rows that hold groups, as `GroupSight`s."""
+    start, samples = layout
+    rows, size = mask.shape[0] * samples, (mask.shape[1] - start) // samples
+    if start + samples * size != mask.shape[1]:
+        raise ValueError(
+            f"rows of {mask.shape[1]} columns; wanted {start} of a prompt and a multiple of "
+            f"{samples}, its samples"
+        )
+    check_positions(config, start + size)
+    prompts = _own_sights(config, positions[:, :start], mask[:, :start])
+    seen = mask[:, start:].reshape(rows, size)[:, None, :] & _causal(size)
+    seen = jnp.concatenate([_prefix_attend(mask[:, :start], rows, size), seen], axis=2)
+    # In a row of its own, a sample's first column comes after those of the prompt.
+    columns = start + jnp.arange(size)[None]
+    own = sights(config, positions[:, start:].reshape(rows, size), columns, seen)
+    pairs = zip(prompts, own, strict=True)
+    return tuple(None if one is None else GroupSight(one, other) for one, other in pairs)
+
+
+def _causal(length: int) -> Bool[Array, "1 S S"]:
+    return jnp.tril(jnp.ones((length, length), bool))[None]
+
+
+def _choose(both, local: Bool[Array, ""]) -> Sight | GroupSight:
     """The sight of one layer; where all layers are of one kind there is nothing to select."""
     full, near = both
     if full is None or near is None:
@@ -105,7 +157,7 @@ def cached_pass(
     attend = columns[:, None, :] & earlier
     shared = [None] * config.layers
     if prefix is not None:
-        attend = jnp.concatenate([_prefix_attend(prefix, *attend.shape[:2]), attend], axis=2)
+        attend = jnp.concatenate([_prefix_attend(prefix.mask, *attend.shape[:2]), attend], axis=2)
         here = here + prefix.mask.shape[1]
         shared = zip(prefix.keys, prefix.values, strict=True)
     both = sights(config, positions, here, attend)
@@ -120,15 +172,15 @@ def cached_pass(
     return x, Cache(keys=keys, values=values, mask=columns, length=length, prefix=prefix)
 
 
-def _prefix_attend(prefix: Prefix, rows: int, size: int) -> Bool[Array, "B S P"]:
+def _prefix_attend(mask: Bool[Array, "N P"], rows: int, size: int) -> Bool[Array, "B S P"]:
     """Which columns of a prefix each new token may see: all that hold a token."""
-    groups, width = prefix.mask.shape
+    groups, width = mask.shape
     if rows % groups:
         raise ValueError(
             f"a cache of {rows} rows has a prefix of {groups}; wanted a divisor of {rows}: one row "
             "for each group"
         )
-    mask = jnp.repeat(prefix.mask, rows // groups, axis=0)
+    mask = jnp.repeat(mask, rows // groups, axis=0)
     return jnp.broadcast_to(mask[:, None], (rows, size, width))
 
 

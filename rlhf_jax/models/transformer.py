@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from rlhf_jax.mesh import ShardingRules, constrain
-from rlhf_jax.models.blocks import Block, capped, norm_of
+from rlhf_jax.models.attention import capped
+from rlhf_jax.models.blocks import Block, norm_of
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.heads import ScalarHead, has_bias, kernel_scale
 from rlhf_jax.models.members import stacked_axes, stacked_init
-from rlhf_jax.models.passes import cached_pass, check_positions, full_pass, sights
+from rlhf_jax.models.passes import Layout, cached_pass, check_positions, full_pass, sights
 from rlhf_jax.types import Array, Cache, ModelOutput, Params
 
 _ROWS = ("batch", "length", None)
@@ -67,6 +68,8 @@ class Model(NamedTuple):
     shapes() -> the same tree of shapes and types; touches no device
     axes() -> the same tree with tuples of logical axis names (see mesh.ShardingRules)
     apply(params, tokens[B S], positions[B S], mask[B S], cache or None) -> ModelOutput
+        a last argument `layout=` says that rows hold whole groups (`rlhf_jax.models.passes.Layout`;
+        without a cache)
     logits(params, hidden[... D]) -> float32 [... V]
     scores(params, hidden[... D]) -> {head: float32 [...]}
     init_cache(batch, length) -> empty Cache with `length` columns
@@ -120,11 +123,13 @@ def decoder(config: ModelConfig, rules: ShardingRules = ShardingRules()) -> Mode
         positions: Int[Array, "B S"],
         mask: Bool[Array, "B S"],
         cache: Cache | None = None,
+        layout: Layout | None = None,
     ) -> ModelOutput:
         x = constrain(_embed(config, params, tokens, positions, mask), _ROWS, rules)
         if cache is None:
-            x = full_pass(config, block, params["layers"], x, positions, mask)
+            x = full_pass(config, block, params["layers"], x, positions, mask, layout)
         else:
+            assert layout is None, "a cache holds rows with a prefix, not groups"
             x, cache = cached_pass(config, block, params["layers"], x, positions, mask, cache)
         hidden = norm.apply({"params": params["final_norm"]}, x)
         return ModelOutput(hidden=hidden, cache=cache)

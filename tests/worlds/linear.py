@@ -39,9 +39,13 @@ def linear_model(width, heads, trunk=own_features, learnt=()):
     )  # fmt: skip
     modules = {n: ScalarHead(kernel_scale(n, width), has_bias(n), "float32") for n in heads}
 
-    def apply(tree, tokens, positions, mask, cache):
+    def apply(tree, tokens, positions, mask, cache, layout=None):
         del positions
-        return ModelOutput(hidden=trunk(tree, tree["features"][tokens], mask), cache=cache)
+        seen = (lambda x: x) if layout is None else lambda x: one_sample_each(x, layout)
+        hidden = trunk(tree, tree["features"][seen(tokens)], seen(mask))
+        if layout is not None:
+            hidden = whole_groups(hidden, layout)
+        return ModelOutput(hidden=hidden, cache=cache)
 
     def scores(tree, hidden):
         return {n: m.apply({"params": tree["heads"][n]}, hidden) for n, m in modules.items()}
@@ -65,6 +69,20 @@ def linear_model(width, heads, trunk=own_features, learnt=()):
         init_cache=absent,
         unstack=absent,
     )
+
+
+def one_sample_each(rows, layout):
+    """[N P+K*T] to [N*K P+T]: each sample with its group's prompt before it."""
+    prompts = jnp.repeat(rows[:, : layout.prompt], layout.samples, axis=0)
+    own = rows[:, layout.prompt :].reshape(len(prompts), -1)
+    return jnp.concatenate([prompts, own], axis=1)
+
+
+def whole_groups(hidden, layout):
+    """[N*K P+T D] back to [N P+K*T D]."""
+    groups = len(hidden) // layout.samples
+    own = hidden[:, layout.prompt :].reshape(groups, -1, hidden.shape[-1])
+    return jnp.concatenate([hidden[:: layout.samples, : layout.prompt], own], axis=1)
 
 
 def zero_heads(width, heads):

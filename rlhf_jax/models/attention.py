@@ -15,6 +15,45 @@ PrefixKeysValues = tuple[Float[Array, "N G P Dh"], Float[Array, "N G P Dh"]]
 # softmax grow with the square of the length.
 KEPT = "kept"
 
+MOST_BLOCKS, LEAST_ROWS = 4, 64  # of `causal_attention`
+
+
+def causal_attention(
+    query: Float[Array, "B S G R Dh"],
+    keys: Float[Array, "B G S Dh"],
+    values: Float[Array, "B G S Dh"],
+    attend: Bool[Array, "B S A"],
+    *,
+    blocks: int,
+    prefix: PrefixKeysValues | None = None,
+    scale: float = 0.0,
+    softcap: float = 0.0,
+) -> Float[Array, "B S G R Dh"]:
+    """`attention` of tokens that see themselves and those before, in blocks of queries.
+
+    A block has no product with the columns behind it, which it does not see: of n blocks that is
+    (n − 1)/2n of all products with own columns, and of the scores.
+
+    Args:
+        attend: false at all later columns.
+        blocks: how many; see `blocks_of`.
+    """
+    size, before = query.shape[1], attend.shape[2] - keys.shape[2]
+    options = dict(prefix=prefix, scale=scale, softcap=softcap)
+    parts, rows = [], -(-size // blocks)
+    for first in range(0, size, rows):
+        end = min(first + rows, size)
+        seen = attend[:, first:end, : before + end]
+        own = (keys[:, :, :end], values[:, :, :end])
+        parts.append(attention(query[:, first:end], *own, seen, **options))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def blocks_of(size: int) -> int:
+    """How many blocks `causal_attention` makes of rows of `size` tokens: each has `LEAST_ROWS` or
+    more, for which products are still as fast, and a program has a body for each."""
+    return max(1, min(MOST_BLOCKS, size // LEAST_ROWS))
+
 
 def attention(
     query: Float[Array, "B S G R Dh"],

@@ -19,7 +19,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int, Shaped
 
 from rlhf_jax.mesh import ShardingRules, constrain
-from rlhf_jax.models.attention import KEPT, KeysValues, PrefixKeysValues, attention
+from rlhf_jax.models.attention import (
+    KEPT,
+    KeysValues,
+    PrefixKeysValues,
+    attention,
+    blocks_of,
+    causal_attention,
+)
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.rope import SinCos, rotate
 from rlhf_jax.types import Array
@@ -199,18 +206,25 @@ class Attention(nn.Module):
             mixed = self._mix_groups(query, key, value, sight)
         else:
             query, keys, values = self._turned(query, key, value, sight)
-            prefix = None
-            if past is not None:
+            if past is None:
+                mixed = self._causal(query, keys, values, sight.attend)
+            else:
                 keys = write_columns(past.own[0], keys, past.start, axis=2)
                 values = write_columns(past.own[1], values, past.start, axis=2)
-                prefix = past.prefix
-            mixed = attention(query, keys, values, sight.attend, prefix=prefix, **self._options())
+                options = dict(prefix=past.prefix, **self._options())
+                mixed = attention(query, keys, values, sight.attend, **options)
         mixed = mixed.reshape(*x.shape[:2], c.heads, c.head_dim)
         mixed = constrain(mixed, ("batch", "length", "heads", "head_dim"), self.rules)
         scale = (2 * c.layers) ** -0.5
         shape = ((c.heads, c.head_dim), (c.width,))
         out = Projection(c, *shape, c.output_bias, scale, name="output")(mixed)
         return out, None if past is None else (keys, values)
+
+    def _causal(self, query, keys, values, attend, prefix=None):
+        """Whole where the length lies on several devices: a block would be on some of them."""
+        blocks = blocks_of(query.shape[1]) if self.rules.length is None else 1
+        options = dict(blocks=blocks, prefix=prefix, **self._options())
+        return causal_attention(query, keys, values, attend, **options)
 
     def _options(self):
         return dict(scale=self.config.attention_scale, softcap=self.config.attention_softcap)
@@ -235,9 +249,8 @@ class Attention(nn.Module):
         prompts = self._turned(*(x[:, :width] for x in heads), sight.prompts)
         samples = (x[:, width:].reshape(*sizes, *x.shape[2:]) for x in heads)
         samples = self._turned(*samples, sight.samples)
-        first = attention(*prompts, sight.prompts.attend, **self._options())
-        options = dict(prefix=prompts[1:], **self._options())
-        second = attention(*samples, sight.samples.attend, **options)
+        first = self._causal(*prompts, sight.prompts.attend)
+        second = self._causal(*samples, sight.samples.attend, prompts[1:])
         second = second.reshape(rows, -1, *second.shape[2:])
         return jnp.concatenate([first, second], axis=1)
 

@@ -197,13 +197,15 @@ def embed_completions(
     tree = join(params, frozen)
     states = _behind_prompts(model, tree, rollouts, rollouts.tokens, rollouts.mask)
 
-    def rows(of_prompts, own):
-        return jnp.concatenate([repeat_groups(of_prompts, rollouts.group_size), own], axis=1)
+    def of(hidden, mask):
+        """Their sum [B D], and how many there are [B 1]."""
+        total = jnp.sum(jnp.where(mask[:, :, None], hidden, 0.0), axis=1)
+        return total, jnp.sum(mask, axis=1, dtype=jnp.float32)[:, None]
 
-    hidden = rows(states.prompts, states.own)  # [B S D]
-    mask = rows(rollouts.prompts.mask, rollouts.mask)
-    count = jnp.maximum(jnp.sum(mask, axis=1, dtype=jnp.float32), 1.0)
-    return jnp.sum(jnp.where(mask[:, :, None], hidden, 0.0), axis=1) / count[:, None]
+    prompts = of(states.prompts, rollouts.prompts.mask)
+    prompts = jax.tree.map(lambda x: repeat_groups(x, rollouts.group_size), prompts)
+    total, count = jax.tree.map(jnp.add, prompts, of(states.own, rollouts.mask))
+    return total / jnp.maximum(count, 1.0)
 
 
 def answer_logits(

@@ -84,10 +84,10 @@ def accumulate_gradients(
     def part(params, chunk):
         terms, metrics = problem.loss(problem.forward(params, chunk), chunk)
         value = weighted_sum(terms, counts)
-        return value, (value, union(metrics, term_means(terms)))
+        return value, union(metrics, term_means(terms))
 
     def step(total, chunk):
-        grads, (value, metrics) = jax.grad(part, has_aux=True)(params, chunk)
+        (value, metrics), grads = jax.value_and_grad(part, has_aux=True)(params, chunk)
         total = jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, grads)
         return problem.constrain_grads(total), (value, metrics)
 

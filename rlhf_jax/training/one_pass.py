@@ -112,11 +112,13 @@ def _one_pass(
         metrics = union(union(metrics, term_means(terms)), loss_report(value, counts))
         entropy = jax.lax.stop_gradient(output.entropy)
         metrics = union(metrics, report(known, entropy, state.step))
-        return value, (value, batch, algorithm_state, metrics)
+        return value, (batch, algorithm_state, metrics)
 
     carry = carry_of(state)
     with jax.named_scope("gradients"):
-        grads, (loss, batch, algorithm_state, metrics) = jax.grad(part, has_aux=True)(carry.params)
+        (loss, (batch, algorithm_state, metrics)), grads = jax.value_and_grad(part, has_aux=True)(
+            carry.params
+        )
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         grads = problem.constrain_grads(grads)
     with jax.named_scope("apply"):

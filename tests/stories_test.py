@@ -199,7 +199,8 @@ def test_the_beginning_token_is_written_in_the_template(folder):
     assert tokenizer.decode(tokens) == "Once upon a time"
 
 
-@pytest.mark.parametrize("size", [SHORT, pytest.param(LONG, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [SHORT, LONG])
 def test_ppo_with_a_learned_reward_still_tells_stories(size, folder, tmp_path):
     run, initial = sampling_run(folder, size)
     before = sample(run, initial, range(size.draws))

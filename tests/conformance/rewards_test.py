@@ -15,6 +15,7 @@ from rlhf_jax.models.config import named_size
 from rlhf_jax.models.transformer import decoder
 from rlhf_jax.rewards.base import combine
 from rlhf_jax.rewards.code_sandbox import namespaces_work
+from tests.models.batches import drawn
 from tests.rewards.examples import TOKENIZER, permute_groups, random_rollouts, spell
 
 MEMBERS = members("rewards")
@@ -23,14 +24,14 @@ CONFIG = named_size(
     "tiny", layers=1, vocab_size=TOKENIZER.vocab_size, score_heads=HEADS, lm_head=False
 )
 MODEL = decoder(CONFIG)
-PARAMS = MODEL.init(jax.random.key(0))
+PARAMS = drawn(MODEL)
 MEMBERS_CONFIG = dataclasses.replace(CONFIG, members=3, ensemble="linear")
 MEMBERS_MODEL = decoder(MEMBERS_CONFIG)
-MEMBERS_PARAMS = MEMBERS_MODEL.init(jax.random.key(0))
+MEMBERS_PARAMS = drawn(MEMBERS_MODEL)
 # Logits are made without the table of embeddings, so that a row of it may hold NaN.
 LM_CONFIG = dataclasses.replace(CONFIG, lm_head=True, score_heads=(), tie_embeddings=False)
 LM_MODEL = decoder(LM_CONFIG)
-LM_PARAMS, LM_START = (LM_MODEL.init(jax.random.key(seed)) for seed in (0, 1))
+LM_PARAMS, LM_START = drawn(LM_MODEL, 0), drawn(LM_MODEL, 1)
 NUMBERS = [3, 5, 7, 11]
 # What the graders read of a record; all of them call the first answer of a group right.
 RECORDS = [

@@ -62,15 +62,19 @@ def tiny(**overrides) -> tuple[Model, Params]:
     Every leaf is random, so that no zero or one of the ordinary start hides a fault.
     """
     model = decoder(named_size("tiny", **overrides))
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    rng = np.random.default_rng(1)
+    return model, drawn(model)
+
+
+def drawn(model: Model, seed: int = 1) -> Params:
+    """Params of a model that no program had to be compiled for, every leaf random."""
+    rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
         scale = path[-1].key == "scale"
         noise = 0.1 * rng.standard_normal(leaf.shape, np.float32)
         return jnp.asarray(noise + float(scale), leaf.dtype)
 
-    return model, jax.tree_util.tree_map_with_path(draw, shapes)
+    return jax.tree_util.tree_map_with_path(draw, model.shapes())
 
 
 def plain(rows: int, length: int, *, seed: int = 0):

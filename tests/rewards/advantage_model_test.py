@@ -12,11 +12,12 @@ from rlhf_jax.models.config import named_size
 from rlhf_jax.models.transformer import decoder
 from rlhf_jax.rewards.advantage_model import advantage_model
 from rlhf_jax.types import Texts
+from tests.models.batches import drawn
 from tests.rewards.examples import random_rollouts
 
 HEADS = ("outcome", "expected")
 MODEL = decoder(named_size("tiny", layers=1, vocab_size=258, lm_head=False, score_heads=HEADS))
-PARAMS = MODEL.init(jax.random.key(0))
+PARAMS = drawn(MODEL)
 # A fresh head expects nothing of anything.
 KERNEL = jax.random.normal(jax.random.key(1), PARAMS["heads"]["expected"]["kernel"].shape)
 PARAMS["heads"]["expected"] = {"kernel": KERNEL, "bias": jnp.asarray(0.5)}

@@ -11,10 +11,11 @@ from rlhf_jax.models.config import named_size
 from rlhf_jax.models.transformer import decoder
 from rlhf_jax.rewards.base import combine
 from rlhf_jax.rewards.outcome_model import outcome_model
+from tests.models.batches import drawn
 from tests.rewards.examples import random_rollouts
 
 MODEL = decoder(named_size("tiny", layers=1, vocab_size=258, score_heads=("outcome",)))
-PARAMS = MODEL.init(jax.random.key(0))
+PARAMS = drawn(MODEL)
 
 
 def scored(rollouts, **kwargs):

@@ -11,12 +11,13 @@ from rlhf_jax.models.completions import evaluate_completions
 from rlhf_jax.models.config import named_size
 from rlhf_jax.models.transformer import decoder
 from rlhf_jax.rewards.process_model import TRANSFORMS, delta, process_model
+from tests.models.batches import drawn
 from tests.rewards.examples import random_rollouts
 
 MODEL = decoder(
     named_size("tiny", layers=1, vocab_size=258, score_heads=("process",), lm_head=False)
 )
-PARAMS = MODEL.init(jax.random.key(0))
+PARAMS = drawn(MODEL)
 
 
 def sigmoid(x):

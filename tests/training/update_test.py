@@ -201,7 +201,7 @@ def test_the_ratio_is_one_where_norms_follow_products():
     assert total == 0.0
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_driven_kl_coef_reaches_the_loss(microbatches):
     """β of the experience and not of the config, in every microbatch."""
 

@@ -166,8 +166,10 @@ def test_the_decode_loop_makes_no_array_as_large_as_a_cache(iteration):
     together = math.prod(own) // own[2] * (once[2] + own[2])
     assert hlo.new_arrays(program, loop, together) == []
     # Weights on their way to faster memory may be as large as either part, but not of its shape.
+    # A prompt's part, which is only read, may be on its way there too.
     parts = [sorted(shape) for shape in (once, own)]
     new = hlo.new_arrays(program, loop, min(math.prod(once), math.prod(own)))
+    new = [line for line in new if not (hlo.is_fetch(line) and once in line.shapes)]
     assert [line for line in new for shape in line.shapes if sorted(shape) in parts] == []
     # A start per row would be a loop over the rows, in every layer.
     inner = [

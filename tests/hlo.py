@@ -47,6 +47,11 @@ class Instruction(NamedTuple):
         return max((math.prod(shape) for shape in self.shapes), default=0)
 
 
+def is_fetch(instruction: Instruction) -> bool:
+    """Whether this is a part of a transfer into a TPU's fast memory, S(1) in layouts."""
+    return instruction.opcode in ("copy-start", "copy-done") and "S(1)" in instruction.line
+
+
 Computations = Mapping[str, list[Instruction]]
 
 

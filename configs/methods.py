@@ -3,13 +3,14 @@
     python -m rlhf_jax.train_policy \
         --config=configs/methods.py:method=dapo,init_from=DIR,reward=DIR --workdir=runs/dapo
 
-``init_from`` is a model to start from (empty: random weights of toy size), such as the folder
-runs/quickstart/sft; a run's folder brings its prompts and its tokenizer. ``reward`` is the folder
-of a reward model, for prime of a run of train_dpo (empty: the exact checker of the embedded task
-alone). Papers train on hundreds of prompts a step; ``prompts`` is what this run has, 16 unless
-given, and all sizes besides K are small too: change `data`, `rollout` and `train` to yours. What a
-paper does not say is marked "ours"; ``vc_ppo`` and ``vapo`` are settings of the algorithm ``ppo``.
-The table in README says which paper; docs/results/algorithms.md what they do on one task.
+``init_from`` is a model to start from, such as the folder runs/quickstart/sft (empty: random
+weights of toy size, which answer nothing right, so nothing is learnt); a run's folder brings its
+prompts and its tokenizer. ``reward`` is the folder of a reward model, for prime of a run of
+train_dpo (empty: the exact checker of the embedded task alone). Papers train on hundreds of prompts
+a step; ``prompts`` is what this run has, 16 unless given, and all sizes besides K are small too:
+change `data`, `rollout` and `train` to yours. What a paper does not say is marked "ours";
+``vc_ppo`` and ``vapo`` are settings of the algorithm ``ppo``. The table in README says which paper;
+docs/results/algorithms.md what they do on one task.
 """
 
 import json
@@ -25,6 +26,7 @@ from configs.ppo_tiny import get_config as tiny
 METHODS = {
     # Huang et al. 2024, "The N+ implementation details" of PPO for summaries: 512 prompts. There a
     # completion without end-of-text scores -1 whatever it says; here that is added to its score.
+    # The dual clip (3) is ours.
     "ppo": dict(
         rewards=dict(eos=dict(name="missing_eos", weight=1.0, penalty=-1.0)),
         algorithm=dict(kl_coef=0.05, lam=0.95, value_coef=0.1, clip=0.2),
@@ -35,13 +37,14 @@ METHODS = {
         algorithm=dict(name="ppo", kl_coef=0.0, lam=0.95, value_lam=1.0), samples=4, minibatches=4,
         rate=1e-6, pretrain=0.1,
     ),
-    # Yue et al. 2025 (VAPO): 512 prompts x 16; rates, minibatches and no dual clip are ours.
+    # Yue et al. 2025 (VAPO): 512 prompts x 16 in 16 minibatches, which 16 prompts are too few for,
+    # the critic alone for 50 steps; no dual clip is ours.
     "vapo": dict(
         algorithm=dict(
             name="ppo", kl_coef=0.0, lam_alpha=0.05, value_lam=1.0, clip=0.2, clip_high=0.28,
             dual_clip=None, imitate=dict(reward="exact", above=0.5, weight=0.1),
         ),
-        samples=16, minibatches=4, rate=1e-6, pretrain=0.1,
+        samples=16, minibatches=4, rate=1e-6, value_rate=2e-6, pretrain=0.1,
     ),
     # Shao et al. 2024, DeepSeekMath: 16 prompts x 64, one update per batch.
     "grpo": dict(
@@ -50,10 +53,12 @@ METHODS = {
     # Liu et al. 2025, Oat-Zero: 128 prompts x 8.
     "dr_grpo": dict(algorithm=dict(), samples=8, rate=1e-6),
     # Yu et al. 2025: 512 prompts x 16 in 16 minibatches, which 16 prompts are too few for, up to 10
-    # draws, and a soft penalty over the last fifth of the budget of tokens.
+    # draws, a soft penalty over the last fifth of the budget of tokens, warm-up over 20 batches.
+    # Signal is correctness: lengths, which the penalty tells apart, are none.
     "dapo": dict(
         rewards=dict(long=dict(name="overlong", weight=1.0)),
-        algorithm=dict(), samples=16, minibatches=4, rate=1e-6, warmup=20, draws=10,
+        algorithm=dict(select=dict(how="signal", reward="exact")),
+        samples=16, minibatches=4, rate=1e-6, warmup=80, draws=10,
     ),
     # Zheng et al. 2025: four minibatches; K and the rate are ours.
     "gspo": dict(algorithm=dict(), samples=8, minibatches=4, rate=1e-6),
@@ -80,10 +85,10 @@ METHODS = {
         algorithm=dict(reward="exact", threshold=0.5, most=4), samples=16, epochs=2, rate=2e-5
     ),
     # Cui et al. 2025: an implicit reward (β 0.05, or the folder's) that learns from the checker's
-    # labels, prompts of an accuracy from 0.2 to 0.8; K, draws and both rates are ours.
+    # labels, prompts of an accuracy from 0.2 to 0.8; 256 prompts x 4; draws are ours.
     "prime": dict(
         algorithm=dict(coef=5.0, select=dict(how="range", reward="exact", low=0.2, high=0.8)),
-        samples=4, rate=1e-6, draws=4,
+        samples=4, rate=5e-7, draws=4,
     ),
     # Guo et al. 2024: 128 prompts, two samples each.
     "online_dpo": dict(algorithm=dict(beta=0.1), samples=2, temperature=0.9, rate=5e-7),
@@ -151,7 +156,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     config.updates.update(epochs=paper.get("epochs", 1), minibatches=paper.get("minibatches", 1))
     for role in ("policy", "value"):
-        config.optimizer[role].learning_rate = paper["rate"]
+        config.optimizer[role].learning_rate = paper.get(f"{role}_rate", paper["rate"])
         config.optimizer[role].eps = 1e-5 if config.algorithm.name == "ppo" else 1e-8
         config.optimizer[role].warmup = paper.get("warmup", 2)
         config.optimizer[role].schedule = paper.get("schedule", "constant")

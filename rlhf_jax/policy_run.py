@@ -337,6 +337,8 @@ def _compile_learning(
         update = make_one_pass_step(models, algorithm, plan.optimizers, **around, report=report)
     else:
         update = make_update_step(models, algorithm, plan.optimizers, **parts, **around)
+    # With what was evaluated before: the policy of then, or the reference, which may be the policy.
+    compares = not at_once or algorithm.needs.reference
     evaluate = make_evaluate_step(
         models,
         algorithm.needs,
@@ -351,7 +353,7 @@ def _compile_learning(
     return dict(
         evaluate=compile_evaluate(evaluate, plan.mesh),
         monitor=None if at_once else jax.jit(report),
-        update=compile_update(update, train, plan.mesh, exact=not at_once),
+        update=compile_update(update, train, plan.mesh, exact=compares),
         update_critic=critic and compile_update(critic, train, plan.mesh),
     )
 

@@ -50,8 +50,8 @@ def causal_attention(
 
 
 def blocks_of(size: int) -> int:
-    """How many blocks `causal_attention` makes of rows of `size` tokens: each has `LEAST_ROWS` or
-    more, for which products are still as fast, and a program has a body for each."""
+    """How many blocks `causal_attention` makes of rows of `size` tokens: of about `LEAST_ROWS` or
+    more, for which products were still as fast on CPUs; a program has a body for each."""
     return max(1, min(MOST_BLOCKS, size // LEAST_ROWS))
 
 

@@ -158,8 +158,8 @@ def compile_update(
 
     Args:
         exact: two passes over the same rows round alike (`exact_options`): the first ratio is
-            exactly 1, and so is that of DPO to its reference. Steps that compare nothing save
-            what it costs.
+            exactly 1, and so is that to the reference that the policy began as. Steps that
+            compare nothing save what it costs.
     """
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(

@@ -50,8 +50,11 @@ SHAPES = {
 }
 
 
-# What the update does too, policy and critic on the same rows, is compiled alone with --all.
-ONCE = [pytest.param(s, marks=pytest.mark.slow) if s == "evaluate" else s for s in STEPS]
+# Single forward passes, which the update makes too, are compiled alone with --all.
+ONCE = [
+    pytest.param(step, marks=pytest.mark.slow) if step in ("score", "evaluate") else step
+    for step in STEPS
+]
 
 
 @pytest.fixture(scope="module", params=["small", pytest.param("8b", marks=pytest.mark.slow)])

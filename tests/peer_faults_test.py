@@ -300,9 +300,7 @@ def reward_config(folder: pathlib.Path, data: pathlib.Path) -> ConfigDict:
 @pytest.mark.parametrize(
     "kind",
     [
-        kind
-        if kind in ("gemma3_text", "gpt2", "llama")
-        else pytest.param(kind, marks=pytest.mark.slow)
+        kind if kind in ("gemma3_text", "llama") else pytest.param(kind, marks=pytest.mark.slow)
         for kind in sorted(FAMILIES)
     ],
 )

@@ -69,7 +69,7 @@ def test_toys_are_short():
         dict(name="ppo", kl_coef=0.0),  # a separate critic: a tree and an optimizer of its own
         pytest.param(dict(name="rloo", kl_coef=0.0), marks=pytest.mark.slow),
         dict(name="superhf", kl_coef=0.01),
-        dict(name="online_dpo"),
+        pytest.param(dict(name="online_dpo"), marks=pytest.mark.slow),
         pytest.param(dict(name="best_of_n"), marks=pytest.mark.slow),
         pytest.param(
             dict(name="expert_iteration", reward="likes", threshold=0.15), marks=pytest.mark.slow

@@ -126,6 +126,7 @@ def test_auxiliary_rows_train_beside(actor_critic):
     assert one[0]["loss/rehearsal"][1] == rows.loss_mask.sum()
 
 
+@pytest.mark.slow  # as those of update_test.py, which run always
 def test_four_devices_give_the_numbers_of_one(actor_critic):
     batch = rollouts(4, 2)
     _, want = actor_critic.both(batch)

@@ -16,7 +16,7 @@ from tests import compiling
 def config_of(algorithm, steps, **rewards):
     config = get_config()
     config.algorithm = algorithm
-    config.rewards = rewards or {"even": dict(name="tests.toys.likes", weight=1.0, token=5)}
+    config.rewards = rewards or {"likes": dict(name="tests.toys.likes", weight=1.0, token=5)}
     config.value.init_from = "policy"
     config.updates.minibatches = 1
     config.train.steps = steps

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.models.blocks import attention
+from rlhf_jax.models.attention import attention
 from rlhf_jax.types import Cache, Prefix
 from tests.models.batches import plain, tiny
 

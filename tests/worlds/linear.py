@@ -41,10 +41,10 @@ def linear_model(width, heads, trunk=own_features, learnt=()):
 
     def apply(tree, tokens, positions, mask, cache, layout=None):
         del positions
-        seen = (lambda x: x) if layout is None else lambda x: one_sample_each(x, layout)
-        hidden = trunk(tree, tree["features"][seen(tokens)], seen(mask))
-        if layout is not None:
-            hidden = whole_groups(hidden, layout)
+        if layout is None:
+            return ModelOutput(hidden=trunk(tree, tree["features"][tokens], mask), cache=cache)
+        tokens, mask = one_sample_each(tokens, layout), one_sample_each(mask, layout)
+        hidden = whole_groups(trunk(tree, tree["features"][tokens], mask), layout)
         return ModelOutput(hidden=hidden, cache=cache)
 
     def scores(tree, hidden):

@@ -57,11 +57,12 @@ def few_problems(tree: ConfigDict) -> ConfigDict:
 
 def config_of(name: str, trained: pathlib.Path) -> ConfigDict:
     """A config of a program that can start: small, from `trained` where it starts from a run."""
+    pipeline = few_problems(quickstart.get_config("small"))
     if name == "pipeline":
-        return few_problems(quickstart.get_config("small"))
+        return pipeline
     if name == "train_policy":
         return ppo_tiny.get_config()
-    config = quickstart.get_config("small").stages[STAGES[name]].config
+    config = pipeline.stages[STAGES[name]].config
     config.data.tokenizer = f"chars:{ppo_tiny.ALPHABET}"
     if name in ("train_reward", "label_samples"):
         config.model.init_from = str(trained)

@@ -246,10 +246,10 @@ def test_the_cache_has_the_columns_that_are_needed(policy):
     def shapes(held):
         return {(x.shape[0], x.shape[2]) for x in (*held.keys, *held.values)}
 
-    def apply(params, tokens, positions, mask, cache):
+    def apply(params, tokens, positions, mask, cache, **options):
         prefix = cache.prefix and shapes(cache.prefix)
         columns.append((tokens.shape[1], shapes(cache), prefix))
-        return policy.model.apply(params, tokens, positions, mask, cache)
+        return policy.model.apply(params, tokens, positions, mask, cache, **options)
 
     jax.eval_shape(
         lambda key: generate(

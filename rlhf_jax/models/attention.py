@@ -20,8 +20,8 @@ MOST_BLOCKS, LEAST_ROWS = 4, 64  # of `causal_attention`
 
 def causal_attention(
     query: Float[Array, "B S G R Dh"],
-    keys: Float[Array, "B G S Dh"],
-    values: Float[Array, "B G S Dh"],
+    keys: Float[Array, "B G C Dh"],
+    values: Float[Array, "B G C Dh"],
     attend: Bool[Array, "B S A"],
     *,
     blocks: int,
@@ -31,20 +31,22 @@ def causal_attention(
 ) -> Float[Array, "B S G R Dh"]:
     """`attention` of tokens that see themselves and those before, in blocks of queries.
 
-    A block has no product with the columns behind it, which it does not see: of n blocks that is
-    (n − 1)/2n of all products with own columns, and of the scores.
+    Queries are those of the last S of C columns. A block has no product with the columns behind
+    it, which it does not see: of n blocks and as many columns as queries that is (n − 1)/2n of all
+    products with own columns, and of the scores.
 
     Args:
         attend: false at all later columns.
         blocks: how many; see `blocks_of`.
     """
     size, before = query.shape[1], attend.shape[2] - keys.shape[2]
+    earlier = keys.shape[2] - size
     options = dict(prefix=prefix, scale=scale, softcap=softcap)
     parts, rows = [], -(-size // blocks)
     for first in range(0, size, rows):
         end = min(first + rows, size)
-        seen = attend[:, first:end, : before + end]
-        own = (keys[:, :, :end], values[:, :, :end])
+        seen = attend[:, first:end, : before + earlier + end]
+        own = (keys[:, :, : earlier + end], values[:, :, : earlier + end])
         parts.append(attention(query[:, first:end], *own, seen, **options))
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 

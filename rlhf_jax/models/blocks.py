@@ -193,9 +193,10 @@ class Attention(nn.Module):
         x: Float[Array, "B S D"],
         sight: Sight | GroupSight,
         past: Past | None,
-    ) -> tuple[Float[Array, "B S D"], KeysValues | None]:
+        since: int,
+    ) -> tuple[Float[Array, "B S-{since} D"], KeysValues | None]:
         c = self.config
-        query = self._heads("query", x, c.heads)
+        query = self._heads("query", x[:, since:], c.heads)
         key = self._heads("key", x, c.kv_heads)
         value = self._heads("value", x, c.kv_heads)
         if c.qk_norm:
@@ -205,15 +206,16 @@ class Attention(nn.Module):
         if isinstance(sight, GroupSight):
             mixed = self._mix_groups(query, key, value, sight)
         else:
-            query, keys, values = self._turned(query, key, value, sight)
+            query, keys, values = self._turned(query, key, value, sight.rotary)
+            attend = sight.attend[:, since:]
             if past is None:
-                mixed = self._causal(query, keys, values, sight.attend)
+                mixed = self._causal(query, keys, values, attend)
             else:
                 keys = write_columns(past.own[0], keys, past.start, axis=2)
                 values = write_columns(past.own[1], values, past.start, axis=2)
                 options = dict(prefix=past.prefix, **self._options())
-                mixed = attention(query, keys, values, sight.attend, **options)
-        mixed = mixed.reshape(*x.shape[:2], c.heads, c.head_dim)
+                mixed = attention(query, keys, values, attend, **options)
+        mixed = mixed.reshape(*mixed.shape[:2], c.heads, c.head_dim)
         mixed = constrain(mixed, ("batch", "length", "heads", "head_dim"), self.rules)
         scale = (2 * c.layers) ** -0.5
         shape = ((c.heads, c.head_dim), (c.width,))
@@ -229,27 +231,31 @@ class Attention(nn.Module):
     def _options(self):
         return dict(scale=self.config.attention_scale, softcap=self.config.attention_softcap)
 
-    def _turned(self, query, key, value, sight):
-        """Queries [B S G R Dh], keys and values [B G S Dh]: the layout in which decode writes stay
-        in place on TPU and GPU."""
+    def _turned(self, query, key, value, rotary):
+        """Queries [B S G R Dh], of the last columns where they are fewer than the keys; keys and
+        values [B G S Dh]: the layout in which decode writes stay in place on TPU and GPU."""
         c = self.config
-        if sight.rotary is not None:
-            query = rotate(query, sight.rotary, interleaved=c.rope_interleaved)
-            key = rotate(key, sight.rotary, interleaved=c.rope_interleaved)
+        if rotary is not None:
+            since = key.shape[1] - query.shape[1]
+            last = tuple(part[:, since:] for part in rotary)
+            query = rotate(query, last, interleaved=c.rope_interleaved)
+            key = rotate(key, rotary, interleaved=c.rope_interleaved)
         compute = jnp.dtype(c.compute_dtype)
         query = query.astype(compute)
         query = query.reshape(*query.shape[:2], c.kv_heads, c.heads // c.kv_heads, c.head_dim)
         return query, *(jnp.swapaxes(part, 1, 2).astype(compute) for part in (key, value))
 
     def _mix_groups(self, query, key, value, sight):
-        """[N P+KT G R Dh]: prompts look at themselves, and each sample at its prompt and itself."""
+        """[N P+KT G R Dh]: prompts look at themselves, and each sample at its prompt and itself.
+        Queries may leave out the first columns of the prompts."""
         rows, width = query.shape[0], sight.prompts.attend.shape[1]
+        since = key.shape[1] - query.shape[1]
         sizes = sight.samples.attend.shape[:2]  # (B, T)
-        heads = (query, key, value)
-        prompts = self._turned(*(x[:, :width] for x in heads), sight.prompts)
-        samples = (x[:, width:].reshape(*sizes, *x.shape[2:]) for x in heads)
-        samples = self._turned(*samples, sight.samples)
-        first = self._causal(*prompts, sight.prompts.attend)
+        heads = ((query, width - since), (key, width), (value, width))
+        prompts = self._turned(*(x[:, :at] for x, at in heads), sight.prompts.rotary)
+        samples = (x[:, at:].reshape(*sizes, *x.shape[2:]) for x, at in heads)
+        samples = self._turned(*samples, sight.samples.rotary)
+        first = self._causal(*prompts, sight.prompts.attend[:, since:])
         second = self._causal(*samples, sight.samples.attend, prompts[1:])
         second = second.reshape(rows, -1, *second.shape[2:])
         return jnp.concatenate([first, second], axis=1)
@@ -307,7 +313,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each on the normalised residual stream."""
+    """One layer: attention and MLP, each on the normalised residual stream. Of the columns before
+    `since` it makes keys and values alone: enough where nobody reads what comes out of them."""
 
     config: ModelConfig
     rules: ShardingRules
@@ -318,13 +325,14 @@ class Block(nn.Module):
         x: Float[Array, "B S D"],
         sight: Sight | GroupSight,
         past: Past | None = None,
-    ) -> tuple[Float[Array, "B S D"], KeysValues | None]:
+        since: int = 0,
+    ) -> tuple[Float[Array, "B S-{since} D"], KeysValues | None]:
         c = self.config
         normed = norm_of(c, "attention_norm")(x)
-        mixed, written = Attention(c, self.rules, name="attention")(normed, sight, past)
+        mixed, written = Attention(c, self.rules, name="attention")(normed, sight, past, since)
         if c.post_norms:
             mixed = norm_of(c, "attention_post_norm")(mixed)
-        x = x + mixed
+        x = x[:, since:] + mixed
         mixed = MLP(c, self.rules, name="mlp")(norm_of(c, "mlp_norm")(x))
         if c.post_norms:
             mixed = norm_of(c, "mlp_post_norm")(mixed)

@@ -131,18 +131,22 @@ def _evaluate_one(model, tree, rollouts, temperature) -> CompletionOutput:
 
 
 class Behind(NamedTuple):
-    """Final hidden states of prompts, of the tokens behind them, and of the one before each."""
+    """Final hidden states of prompts, of the tokens behind them, and of the one before each.
 
-    prompts: Float[Array, "N P D"]
+    prompts: of a prompt's last column alone, where the others were not asked for.
+    """
+
+    prompts: Float[Array, "N P D"] | Float[Array, "N 1 D"]
     own: Float[Array, "B T D"]
     before: Float[Array, "B T D"]
 
 
-def _behind_prompts(model, tree, rollouts, tokens, mask) -> Behind:
+def _behind_prompts(model, tree, rollouts, tokens, mask, *, whole_prompts=False) -> Behind:
     """One pass over prompts with `tokens` [B T] behind them; each prompt is read once for all K
     rows of its group, which lie one after the other in its row (see `full_pass`)."""
     prompts, group = rollouts.prompts, rollouts.group_size
     start = prompts.tokens.shape[1]
+    since = 0 if whole_prompts else start - 1
     before = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
     positions = repeat_groups(before, group)[:, None] + jnp.cumsum(mask, axis=1, dtype=jnp.int32)
     positions = jnp.maximum(positions - 1, 0)
@@ -158,10 +162,11 @@ def _behind_prompts(model, tree, rollouts, tokens, mask) -> Behind:
         rows(prompts.mask, mask),
         None,
         Layout(start, group) if group > 1 else None,
+        since=since,
     ).hidden
-    first, own = hidden[:, :start], hidden[:, start:]
+    first, own = hidden[:, : start - since], hidden[:, start - since :]
     if group == 1:
-        return Behind(first, own, before=hidden[:, start - 1 : -1])
+        return Behind(first, own, before=hidden[:, start - since - 1 : -1])
     own = jnp.reshape(own, (*tokens.shape, hidden.shape[2]))
     last = repeat_groups(first[:, -1:], group)
     return Behind(first, own, before=jnp.concatenate([last, own[:, :-1]], axis=1))
@@ -195,7 +200,8 @@ def embed_completions(
     if model.config.members > 1:
         raise ValueError(f"{model.config.members} models have no embedding in common; name one")
     tree = join(params, frozen)
-    states = _behind_prompts(model, tree, rollouts, rollouts.tokens, rollouts.mask)
+    given = (rollouts.tokens, rollouts.mask)
+    states = _behind_prompts(model, tree, rollouts, *given, whole_prompts=True)
 
     def of(hidden, mask):
         """Their sum [B D], and how many there are [B 1]."""

@@ -1,5 +1,6 @@
 """How rows go through the layers: all at once for training, or with a cache for decoding."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -12,6 +13,10 @@ from rlhf_jax.models.blocks import Block, GroupSight, Past, Sight, write_columns
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.rope import rope
 from rlhf_jax.types import Array, Cache
+
+# See `_last_is_apart`. A copied layer is as much work as a product with some 150 tokens (measured
+# on a CPU), and in deep models the last layer is a small part, for much memory.
+LEAST_UNREAD, MOST_LAYERS = 256, 12
 
 Columns = Int[Array, "B S"] | Int[Array, "1 S"]
 
@@ -61,10 +66,12 @@ def full_pass(
     positions: Int[Array, "B S"],
     mask: Bool[Array, "B S"],
     layout: Layout | None = None,
-) -> Float[Array, "B S D"]:
+    since: int = 0,
+) -> Float[Array, "B S-{since} D"]:
     """All layers on whole rows: scanned where stacked, in a Python loop where a list.
 
     Args:
+        since: the first column that is read; what comes back starts there.
         layout: where rows hold whole groups. Prompts then are read once for all their samples, and
             the numbers and gradients are those of rows in which each sample stands behind a prompt
             of its own (Prefix Grouper: Liu et al. 2025, https://arxiv.org/abs/2506.05433).
@@ -74,27 +81,54 @@ def full_pass(
     else:
         both = _group_sights(config, positions, mask, layout)
 
-    def step(x, layer_and_kind):
+    def step(x, layer_and_kind, since=0):
         layer, local = layer_and_kind
-        x, _ = block.apply({"params": layer}, x, _choose(both, local))
+        x, _ = block.apply({"params": layer}, x, _choose(both, local), None, since)
         return x, None
 
-    if config.remat != "none":
-        policies = jax.checkpoint_policies
-        policy = {
-            "products": policies.save_only_these_names(KEPT),
-            "full": policies.nothing_saveable,
-            "dots": policies.dots_with_no_batch_dims_saveable,
-        }[config.remat]
-        # Inside a scan the loop already keeps the recomputation apart.
-        step = jax.checkpoint(step, policy=policy, prevent_cse=isinstance(layers, list))
     local = jnp.array(config.local)
     if isinstance(layers, list):
-        for layer, kind in zip(layers, local, strict=True):
-            x, _ = step(x, (layer, kind))
+        for number, layer in enumerate(layers, start=1):
+            last = functools.partial(step, since=since if number == len(layers) else 0)
+            x, _ = _remat(config, last)(x, (layer, local[number - 1]))
         return x
-    x, _ = jax.lax.scan(step, x, (layers, local))
+    # Inside a scan the loop already keeps the recomputation apart.
+    scanned = _remat(config, step, prevent_cse=False)
+    if not _last_is_apart(config, block, mask.shape[0] * since):
+        x, _ = jax.lax.scan(scanned, x, (layers, local))
+        return x[:, since:]
+    most, last = (_cut((layers, local), at) for at in (slice(-1), -1))
+    x, _ = jax.lax.scan(scanned, x, most)
+    x, _ = _remat(config, functools.partial(step, since=since))(x, last)
     return x
+
+
+def _cut(stacked, at):
+    return jax.tree.map(lambda x: x[at], stacked)
+
+
+def _last_is_apart(config, block, unread):
+    """Whether the last of stacked layers runs behind the loop over the others, and so makes keys
+    and values alone of `unread` tokens that nobody reads.
+
+    It costs a copy of the others' parameters, since a loop wants them in one piece. Not where the
+    length lies on several devices: columns from some on would lie on some of them.
+    """
+    worth = unread >= LEAST_UNREAD * (config.layers - 1)
+    return unread > 0 and worth and config.layers <= MOST_LAYERS and block.rules.length is None
+
+
+def _remat(config, step, prevent_cse=True):
+    """`step` that keeps for the backward pass what ``config.remat`` says."""
+    if config.remat == "none":
+        return step
+    policies = jax.checkpoint_policies
+    policy = {
+        "products": policies.save_only_these_names(KEPT),
+        "full": policies.nothing_saveable,
+        "dots": policies.dots_with_no_batch_dims_saveable,
+    }[config.remat]
+    return jax.checkpoint(step, policy=policy, prevent_cse=prevent_cse)
 
 
 def _own_sights(config, positions, mask):
@@ -145,9 +179,14 @@ def cached_pass(
     positions: Int[Array, "B S"],
     mask: Bool[Array, "B S"],
     cache: Cache,
-) -> tuple[Float[Array, "B S D"], Cache]:
+    since: int = 0,
+) -> tuple[Float[Array, "B S-{since} D"], Cache]:
     """Layers one by one: writes the new columns of the cache and attends to all before, those of
-    its prefix included."""
+    its prefix included.
+
+    Args:
+        since: as in `full_pass`.
+    """
     if not isinstance(layers, list):
         raise ValueError("a cache needs params from model.unstack(params), made before the loop")
     size, prefix = mask.shape[1], cache.prefix
@@ -165,7 +204,9 @@ def cached_pass(
     own = zip(cache.keys, cache.values, strict=True)
     for layer, local, pair, before in zip(layers, config.local, own, shared, strict=True):
         past = Past(pair, cache.length, before)
-        x, pair = block.apply({"params": layer}, x, both[local], past)
+        at_end = len(written) == config.layers - 1
+        options = (both[local], past, since if at_end else 0)
+        x, pair = block.apply({"params": layer}, x, *options)
         written.append(pair)
     keys, values = zip(*written, strict=True)
     length = cache.length + size

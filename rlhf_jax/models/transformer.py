@@ -6,6 +6,7 @@ compile time does not grow with depth. For decoding, they are a list with one tr
 and the loop is unrolled: a scan would copy or slice the whole cache in every step.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -68,8 +69,8 @@ class Model(NamedTuple):
     shapes() -> the same tree of shapes and types; touches no device
     axes() -> the same tree with tuples of logical axis names (see mesh.ShardingRules)
     apply(params, tokens[B S], positions[B S], mask[B S], cache or None) -> ModelOutput
-        a last argument `layout=` says that rows hold whole groups (`rlhf_jax.models.passes.Layout`;
-        without a cache)
+        `layout=` says that rows hold whole groups (`rlhf_jax.models.passes.Layout`; without a
+        cache), `since=` which column is the first that is wanted: hidden is [B S-since D]
     logits(params, hidden[... D]) -> float32 [... V]
     scores(params, hidden[... D]) -> {head: float32 [...]}
     init_cache(batch, length) -> empty Cache with `length` columns
@@ -124,18 +125,18 @@ def decoder(config: ModelConfig, rules: ShardingRules = ShardingRules()) -> Mode
         mask: Bool[Array, "B S"],
         cache: Cache | None = None,
         layout: Layout | None = None,
+        since: int = 0,
     ) -> ModelOutput:
         x = constrain(_embed(config, params, tokens, positions, mask), _ROWS, rules)
         if cache is None:
-            x = full_pass(config, block, params["layers"], x, positions, mask, layout)
+            x = full_pass(config, block, params["layers"], x, positions, mask, layout, since)
         else:
             assert layout is None, "a cache holds rows with a prefix, not groups"
-            x, cache = cached_pass(config, block, params["layers"], x, positions, mask, cache)
-        hidden = norm.apply({"params": params["final_norm"]}, x)
-        return ModelOutput(hidden=hidden, cache=cache)
+            given = (params["layers"], x, positions, mask, cache, since)
+            x, cache = cached_pass(config, block, *given)
+        return ModelOutput(hidden=norm.apply({"params": params["final_norm"]}, x), cache=cache)
 
-    def logits(params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        return _logits(config, rules, params, hidden)
+    logits = functools.partial(_logits, config, rules)
 
     def scores(params: Params, hidden: Float[Array, "*B D"]) -> dict[str, Float[Array, "*B"]]:
         return {n: h.apply({"params": params["heads"][n]}, hidden) for n, h in heads.items()}
@@ -223,7 +224,9 @@ def _logical_axes(shapes: Params) -> Any:
     return jax.tree_util.tree_map_with_path(names, shapes)
 
 
-def _logits(config, rules, params, hidden):
+def _logits(
+    config: ModelConfig, rules: ShardingRules, params: Params, hidden: Float[Array, "*B D"]
+) -> Float[Array, "*B V"]:
     if not config.lm_head:
         raise ValueError("this model has no LM head (model.lm_head=False): it gives no logits")
     compute = jnp.dtype(config.compute_dtype)

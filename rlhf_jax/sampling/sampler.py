@@ -123,9 +123,8 @@ def _decode(
     rows, width = prompts.tokens.shape
     counts = jnp.sum(prompts.mask, axis=-1).astype(jnp.int32)
     positions = positions_of(prompts.mask)
-    out = model.apply(
-        weights, prompts.tokens, positions, prompts.mask, model.init_cache(rows, width)
-    )
+    given = (prompts.tokens, positions, prompts.mask, model.init_cache(rows, width))
+    out = model.apply(weights, *given, since=width - 1)
     logits = jnp.repeat(model.logits(head, out.hidden[:, -1]), samples, axis=0)  # [B V]
     counts = jnp.repeat(counts, samples, axis=0)
     shape = (rows * samples, max_tokens)

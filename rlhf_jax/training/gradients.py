@@ -18,6 +18,7 @@ from rlhf_jax.mesh import constrain
 from rlhf_jax.models.lora import partition
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.ops.metrics import single
+from rlhf_jax.training.optimizer import KeptMoments
 from rlhf_jax.types import Array, Metrics, Params, Term
 
 Optimizers = Mapping[str, optax.GradientTransformation]
@@ -133,10 +134,11 @@ def apply_gradients(
         old = carry.params[role]
         # Back to the parameters' type: optimizer statistics must keep theirs.
         own = jax.tree.map(lambda g, p: g.astype(p.dtype), grads[role], old)
-        updates, statistics = optimizer.update(own, carry.opt_state[role], old)
+        optimizer = optax.with_extra_args_support(optimizer)
+        updates, statistics = optimizer.update(own, carry.opt_state[role], old, accept=finite)
         new = scale_change(carry.lr_scale, optax.apply_updates(old, updates), old)
         params[role] = choose(finite, new, old)
-        opt_state[role] = choose(finite, statistics, carry.opt_state[role])
+        opt_state[role] = _choose_statistics(finite, statistics, carry.opt_state[role])
     skipped = jnp.where(finite, 0, carry.skipped + 1)
     report = {"update/skipped": single(jnp.where(finite, 0.0, 1.0))}
     report |= {f"{role}/grad_norm": single(norm) for role, norm in norms.items()}
@@ -168,6 +170,15 @@ def _divide(total, count):
 def choose(condition: Bool[Array, ""], new: Any, old: Any) -> Any:
     """The tree `new` where the condition holds, else `old`, bit for bit."""
     return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
+
+
+def _choose_statistics(accepted, new, old):
+    """`choose`, but for moments that knew of it when they were made."""
+
+    def one(n, o):
+        return n if isinstance(n, KeptMoments) else jnp.where(accepted, n, o)
+
+    return jax.tree.map(one, new, old, is_leaf=lambda n: isinstance(n, KeptMoments))
 
 
 def scale_change(scale: Float[Array, ""], new: Any, old: Any) -> Any:

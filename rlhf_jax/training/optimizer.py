@@ -1,5 +1,7 @@
 """Optimizers from keyword values: AdamW with gradient clipping and a schedule."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -80,8 +82,56 @@ def make_optimizer(
     if clip < 0:
         raise ValueError(f"clip={clip}; wanted a norm, or 0 to turn clipping off")
     rate = make_schedule(learning_rate, schedule, warmup=warmup, steps=steps)
-    adam = optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=_decay_mask)
+    adam = optax.chain(
+        scale_by_adam(b1=b1, b2=b2, eps=eps),
+        optax.add_decayed_weights(weight_decay, _decay_mask),
+        optax.scale_by_learning_rate(rate),
+    )
     return optax.chain(optax.clip_by_global_norm(clip), adam) if clip else adam
+
+
+class KeptMoments(optax.ScaleByAdamState):
+    """Adam's count and moments, which stay as they are where an update is not accepted."""
+
+
+def scale_by_adam(*, b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_adam`, that also knows whether a step is accepted.
+
+        m ← b1 m + (1 − b1) g        v ← b2 v + (1 − b2) g²
+        update = (m / (1 − b1ⁿ)) / (√(v / (1 − b2ⁿ)) + eps)        n: steps accepted so far
+
+    Kingma and Ba 2014, https://arxiv.org/abs/1412.6980. ``update`` takes ``accept``, a scalar
+    bool: where it is false the moments and their count stay, bit for bit, and the update that
+    comes back means nothing. The moments that are returned are those that the update is made of:
+    whoever chooses between old and new moments afterwards holds both.
+    """
+    plain = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+
+    def init(params: Any) -> KeptMoments:
+        return KeptMoments(*plain.init(params))
+
+    def update(updates, state, params=None, *, accept=True, **_):
+        del params
+        new = KeptMoments(
+            count=optax.safe_increment(state.count),
+            mu=optax.tree.update_moment(updates, state.mu, b1, 1),
+            nu=optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2),
+        )
+        new = jax.tree.map(lambda n, o: jnp.where(accept, n, o), new, state)
+        new = _written(new)
+        mean = optax.tree.bias_correction(new.mu, b1, new.count)
+        square = optax.tree.bias_correction(new.nu, b2, new.count)
+        return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square), new
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _written(tree: Any) -> Any:
+    """The same numbers. On CPUs they are written before they are read: XLA else has the parameters
+    computed from the old moments, in no order with the new ones, and copies all old moments to
+    write the new ones in their place. Accelerators write all in one pass."""
+    barrier = jax.lax.optimization_barrier
+    return jax.lax.platform_dependent(tree, cpu=barrier, default=lambda same: same)
 
 
 def _decay_mask(params):

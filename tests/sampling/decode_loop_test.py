@@ -153,11 +153,11 @@ def test_each_shard_stops_when_its_own_rows_have_ended():
     model, params = make_model()
     trips = collections.Counter()
 
-    def apply(params, tokens, positions, mask, cache=None):
+    def apply(params, tokens, positions, mask, cache=None, **options):
         if tokens.shape[1] == 1:
             shard = jax.lax.axis_index("fsdp")
             jax.debug.callback(lambda i: trips.update([int(i)]), shard)
-        return model.apply(params, tokens, positions, mask, cache)
+        return model.apply(params, tokens, positions, mask, cache, **options)
 
     mesh = make_mesh({"fsdp": 4})
     params, prompts = on_mesh(mesh, model, params)

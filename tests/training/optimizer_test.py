@@ -1,10 +1,14 @@
-"""Optimizers: schedules against their formulas, clipping, what is decayed."""
+"""Optimizers: schedules against their formulas, clipping, what is decayed, what is kept."""
 
+import re
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from rlhf_jax.training.gradients import Carry, apply_gradients
 from rlhf_jax.training.optimizer import make_optimizer, make_schedule
 
 
@@ -60,3 +64,67 @@ def test_weight_decay_leaves_scales_and_biases_alone():
     np.testing.assert_allclose(moved["embed"]["table"], 0.95, rtol=1e-6)
     np.testing.assert_array_equal(moved["layers"]["bias"], 1.0)
     np.testing.assert_array_equal(moved["layers"]["scale"], 1.0)
+
+
+def random_tree(seed, width=3):
+    rng = np.random.default_rng(seed)
+    draw = {"kernel": rng.normal(size=(width, 5)), "scale": rng.normal(size=width)}
+    return {name: jnp.asarray(x, jnp.float32) for name, x in draw.items()}
+
+
+def test_the_optimizer_is_adamw_behind_a_clip():
+    rate = make_schedule(0.1, "cosine", warmup=2, steps=6)
+    ours = make_optimizer(
+        learning_rate=0.1, schedule="cosine", warmup=2, steps=6, weight_decay=0.3, eps=1e-3
+    )
+    decayed = {"kernel": True, "scale": False}
+    theirs = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(rate, b1=0.9, b2=0.95, eps=1e-3, weight_decay=0.3, mask=decayed),
+    )
+    params = {name: random_tree(0) for name in ("ours", "theirs")}
+    states = {"ours": ours.init(params["ours"]), "theirs": theirs.init(params["theirs"])}
+    for step in range(5):
+        for name, optimizer in (("ours", ours), ("theirs", theirs)):
+            grads = random_tree(step + 1)
+            updates, states[name] = optimizer.update(grads, states[name], params[name])
+            params[name] = optax.apply_updates(params[name], updates)
+    for name in decayed:
+        np.testing.assert_allclose(params["ours"][name], params["theirs"][name], rtol=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+        jax.tree.leaves(states["ours"]),
+        jax.tree.leaves(states["theirs"]),
+    )
+
+
+def test_moments_stay_where_a_step_is_not_accepted():
+    optimizer = make_optimizer(learning_rate=0.1)
+    params = random_tree(0)
+    _, before = optimizer.update(random_tree(1), optimizer.init(params), params)
+    bad = jax.tree.map(lambda g: g * jnp.nan, random_tree(2))
+    _, after = optimizer.update(bad, before, params, accept=jnp.array(False))
+    (_, old), (_, new) = before, after
+    jax.tree.map(np.testing.assert_array_equal, new[0], old[0])
+    _, other = optimizer.update(random_tree(2), before, params, accept=jnp.array(True))
+    assert not np.array_equal(other[1][0].mu["kernel"], old[0].mu["kernel"])
+
+
+def copies_of_moments(optimizer):
+    """How many arrays of a parameter's size a compiled step of its own copies."""
+    width = 64
+    params = random_tree(0, width)
+    carry = Carry({"a": params}, {"a": optimizer.init(params)}, jnp.int32(0), jnp.float32(1))
+
+    def step(carry, grads):
+        return apply_gradients({"a": optimizer}, carry, {"a": grads}, jnp.float32(0), {})[0]
+
+    program = jax.jit(step, donate_argnums=0).lower(carry, random_tree(1, width)).compile()
+    return len(re.findall(rf"f32\[{width},5\]\S* copy\(", program.as_text()))
+
+
+def test_no_moment_is_copied_before_it_is_written():
+    assert copies_of_moments(make_optimizer(learning_rate=0.1)) == 0
+    # XLA does so of its own when parameters are made from the old moments.
+    plain = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1))
+    assert copies_of_moments(plain) == 2

@@ -39,13 +39,14 @@ def linear_model(width, heads, trunk=own_features, learnt=()):
     )  # fmt: skip
     modules = {n: ScalarHead(kernel_scale(n, width), has_bias(n), "float32") for n in heads}
 
-    def apply(tree, tokens, positions, mask, cache, layout=None):
+    def apply(tree, tokens, positions, mask, cache, layout=None, since=0):
         del positions
         if layout is None:
-            return ModelOutput(hidden=trunk(tree, tree["features"][tokens], mask), cache=cache)
+            hidden = trunk(tree, tree["features"][tokens], mask)
+            return ModelOutput(hidden=hidden[:, since:], cache=cache)
         tokens, mask = one_sample_each(tokens, layout), one_sample_each(mask, layout)
         hidden = whole_groups(trunk(tree, tree["features"][tokens], mask), layout)
-        return ModelOutput(hidden=hidden, cache=cache)
+        return ModelOutput(hidden=hidden[:, since:], cache=cache)
 
     def scores(tree, hidden):
         return {n: m.apply({"params": tree["heads"][n]}, hidden) for n, m in modules.items()}

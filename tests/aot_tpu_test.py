@@ -35,7 +35,7 @@ SHAPES = {
         prompts=32,
         samples=4,
         prompt_tokens=128,
-        max_tokens=256,
+        max_tokens=128,
         microbatches=2,
     ),
     "8b": Sizes(

@@ -53,6 +53,7 @@ def test_changed_solutions_of_gsm8k_are_graded_for_what_they_are(place):
     assert grading.grade(records, others, text) == same
 
 
+@pytest.mark.slow  # reading and grading are above, steps in run_test.py and seams_test.py
 def test_two_ppo_steps_on_gsm8k(place, tmp_path):
     config = real_input.gsm8k_config(place)
     described = make_plan(config)

@@ -135,6 +135,7 @@ def test_the_parts_of_the_public_sets_are_apart(data_dir):
     assert reward_models_data.best_writer(found["gsm8k"].train) == "175b_verification"
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_one_run_shrunken(data_dir, tmp_path):
     """A process model through training and its reports; the card has what was measured."""

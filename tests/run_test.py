@@ -196,9 +196,11 @@ def test_four_devices_are_one(whole, tmp_path, mesh, monkeypatch):
     assert_close_run(tmp_path / "run", whole)
 
 
-def test_two_processes_are_one_and_resume(whole, start, tmp_path):
+# Resume of one process is above, checkpoints of two are in training/checkpoint_test.py.
+@pytest.mark.parametrize("stops", [(), pytest.param((7,), marks=pytest.mark.slow)], ids=str)
+def test_two_processes_are_one_and_resume(whole, start, tmp_path, stops):
     workdir = tmp_path / "run"
-    for steps in (7, STEPS):
+    for steps in (*stops, STEPS):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -208,5 +210,5 @@ def test_two_processes_are_one_and_resume(whole, start, tmp_path):
         for member in members:
             assert member.wait(TIMEOUT) == 0, tail(workdir)
     assert summary(workdir)["processes"] == 2
-    assert summary(workdir)["resumed_at"] == 7
+    assert summary(workdir)["resumed_at"] == (7 if stops else 0)
     assert_close_run(workdir, whole)

@@ -118,6 +118,7 @@ def test_an_online_reward_learns_beside_the_policy(tmp_path, monkeypatch):
     assert learner.keys() == {"params", "reference", "optimizer"}
 
 
+@pytest.mark.slow  # training/one_pass_test.py has rows beside
 def test_rehearsal_rows_train_beside_the_policy(tmp_path, monkeypatch):
     algorithm = dict(name="ppo", kl_coef=0.01, rehearsal=dict(weight=0.5))
     config = toy_config(algorithm)
@@ -144,6 +145,7 @@ def test_roles_are_adapters_on_one_frozen_base(tmp_path, monkeypatch):
     assert "table" in leaf_names(state.reference)  # the base is the reference, kept once
 
 
+@pytest.mark.slow  # training/update_test.py and one_pass_test.py have it in one update
 def test_a_value_head_on_the_policy_trunk(tmp_path, monkeypatch):
     config = toy_config(dict(name="ppo", kl_coef=0.0, value_coef=0.1))
     config.model.score_heads = ("value",)

@@ -214,7 +214,8 @@ def check_texts(tokenizer, texts):
 
 @pytest.mark.data
 @pytest.mark.parametrize(
-    "name", ["gpt2", "neox20b", pytest.param("deepseek_r1", marks=pytest.mark.slow)]
+    "name",
+    ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("neox20b", "deepseek_r1"))],
 )
 def test_published_vocabularies_on_real_solutions(name, data_dir, tmp_path):
     tokenizer = published(name, data_dir, tmp_path)

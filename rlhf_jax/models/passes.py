@@ -14,8 +14,9 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.rope import rope
 from rlhf_jax.types import Array, Cache
 
-# See `_last_is_apart`. A copied layer is as much work as a product with some 150 tokens (measured
-# on a CPU), and in deep models the last layer is a small part, for much memory.
+# See `_last_is_apart`. On a CPU (8 layers of width 512) a gradient is 5 % cheaper from 144 unread
+# tokens per copied layer on, and a forward pass costs the same at 288. In deep models the last
+# layer is a small part, for much memory.
 LEAST_UNREAD, MOST_LAYERS = 256, 12
 
 Columns = Int[Array, "B S"] | Int[Array, "1 S"]

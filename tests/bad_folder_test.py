@@ -159,6 +159,7 @@ def get_config():
 """
 
 
+@pytest.mark.slow  # run_test.py has a run that is killed while it saves
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits of other processes: Linux")
 def test_a_full_disk_loses_nothing(tmp_path):
     """Files of a running program may not grow any more: one line, and it goes on later."""

@@ -134,11 +134,14 @@ def apply_gradients(
         old = carry.params[role]
         # Back to the parameters' type: optimizer statistics must keep theirs.
         own = jax.tree.map(lambda g, p: g.astype(p.dtype), grads[role], old)
+        # Without extra arguments it drops `accept`, and its moments know nothing of it.
+        informed = isinstance(optimizer, optax.GradientTransformationExtraArgs)
+        pick = _choose_statistics if informed else choose
         optimizer = optax.with_extra_args_support(optimizer)
         updates, statistics = optimizer.update(own, carry.opt_state[role], old, accept=finite)
         new = scale_change(carry.lr_scale, optax.apply_updates(old, updates), old)
         params[role] = choose(finite, new, old)
-        opt_state[role] = _choose_statistics(finite, statistics, carry.opt_state[role])
+        opt_state[role] = pick(finite, statistics, carry.opt_state[role])
     skipped = jnp.where(finite, 0, carry.skipped + 1)
     report = {"update/skipped": single(jnp.where(finite, 0.0, 1.0))}
     report |= {f"{role}/grad_norm": single(norm) for role, norm in norms.items()}

@@ -128,3 +128,14 @@ def test_no_moment_is_copied_before_it_is_written():
     # XLA does so of its own when parameters are made from the old moments.
     plain = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1))
     assert copies_of_moments(plain) == 2
+
+
+def test_a_wrapper_that_hands_nothing_on_leaves_its_moments_too():
+    inner = make_optimizer(learning_rate=0.1)
+    wrapper = optax.GradientTransformation(inner.init, lambda g, s, p=None: inner.update(g, s, p))
+    params = random_tree(0)
+    before = Carry({"a": params}, {"a": wrapper.init(params)}, jnp.int32(0), jnp.float32(1))
+    bad = jax.tree.map(lambda g: g * jnp.nan, random_tree(1))
+    after, _ = apply_gradients({"a": wrapper}, before, {"a": bad}, jnp.float32(0), {})
+    assert int(after.skipped) == 1
+    jax.tree.map(np.testing.assert_array_equal, after[:2], before[:2])

@@ -89,9 +89,8 @@ def full_pass(
 
     local = jnp.array(config.local)
     if isinstance(layers, list):
-        for number, layer in enumerate(layers, start=1):
-            last = functools.partial(step, since=since if number == len(layers) else 0)
-            x, _ = _remat(config, last)(x, (layer, local[number - 1]))
+        for layer, kind, first in zip(layers, local, _in_last(since, config), strict=True):
+            x, _ = _remat(config, functools.partial(step, since=first))(x, (layer, kind))
         return x
     # Inside a scan the loop already keeps the recomputation apart.
     scanned = _remat(config, step, prevent_cse=False)
@@ -102,6 +101,11 @@ def full_pass(
     x, _ = jax.lax.scan(scanned, x, most)
     x, _ = _remat(config, functools.partial(step, since=since))(x, last)
     return x
+
+
+def _in_last(since, config):
+    """`since` of each layer: columns of all but the last are read by the next one."""
+    return (0,) * (config.layers - 1) + (since,)
 
 
 def _cut(stacked, at):
@@ -203,11 +207,10 @@ def cached_pass(
     both = sights(config, positions, here, attend)
     written = []
     own = zip(cache.keys, cache.values, strict=True)
-    for layer, local, pair, before in zip(layers, config.local, own, shared, strict=True):
+    by_layer = (config.local, own, shared, _in_last(since, config))
+    for layer, local, pair, before, first in zip(layers, *by_layer, strict=True):
         past = Past(pair, cache.length, before)
-        at_end = len(written) == config.layers - 1
-        options = (both[local], past, since if at_end else 0)
-        x, pair = block.apply({"params": layer}, x, *options)
+        x, pair = block.apply({"params": layer}, x, both[local], past, first)
         written.append(pair)
     keys, values = zip(*written, strict=True)
     length = cache.length + size

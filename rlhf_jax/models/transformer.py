@@ -141,20 +141,22 @@ def decoder(config: ModelConfig, rules: ShardingRules = ShardingRules()) -> Mode
     def scores(params: Params, hidden: Float[Array, "*B D"]) -> dict[str, Float[Array, "*B"]]:
         return {n: h.apply({"params": params["heads"][n]}, hidden) for n, h in heads.items()}
 
-    def init_cache(batch: int, length: int) -> Cache:
-        check_positions(config, length)
-        shape = (batch, config.kv_heads, length, config.head_dim)
-        empty = jnp.zeros(shape, config.compute_dtype)
-        empty = constrain(empty, ("batch", "kv_heads", "length", "head_dim"), rules)
-        return Cache(
-            keys=(empty,) * config.layers,
-            values=(empty,) * config.layers,
-            mask=jnp.zeros((batch, length), bool),
-            length=jnp.zeros((), jnp.int32),
-        )
-
+    init_cache = functools.partial(_init_cache, config, rules)
     return Model(
         config, rules, init, shapes, axes, apply, logits, scores, init_cache, unstack_layers
+    )
+
+
+def _init_cache(config: ModelConfig, rules: ShardingRules, batch: int, length: int) -> Cache:
+    check_positions(config, length)
+    shape = (batch, config.kv_heads, length, config.head_dim)
+    empty = jnp.zeros(shape, config.compute_dtype)
+    empty = constrain(empty, ("batch", "kv_heads", "length", "head_dim"), rules)
+    return Cache(
+        keys=(empty,) * config.layers,
+        values=(empty,) * config.layers,
+        mask=jnp.zeros((batch, length), bool),
+        length=jnp.zeros((), jnp.int32),
     )
 
 

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from benchmarks import decode, workloads
 from benchmarks.workload_a import check_full, data, rollout, write_prompts
 from benchmarks.workloads import KL_COEF, LEARNING_RATE, MESH, Clock, Options
-from rlhf_jax import policy_run
+from rlhf_jax import host_memory, policy_run
 from rlhf_jax.policy_plan import make_plan
 from rlhf_jax.train_policy import iterate
 
@@ -71,7 +71,7 @@ def run_policy(
     with jax.set_mesh(plan.mesh):
         run, state = policy_run.start(plan)
         clock.ready()
-        for step in range(options.steps):
+        for step in host_memory.loop(range(options.steps)):
             state, done = iterate(run, state, step)
             scores.append(float(jnp.mean(done.scores.outcome)))
             jax.block_until_ready((state, jax.device_get(done.metrics)))

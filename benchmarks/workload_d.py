@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from benchmarks import decode, update, workloads
 from benchmarks.workloads import MESH, Clock, Options
-from rlhf_jax import fit, train_reward
+from rlhf_jax import fit, host_memory, train_reward
 from rlhf_jax.ops.metrics import values
 from rlhf_jax.training.keys import Purpose, step_key
 from rlhf_jax.training.supervised import make_supervised_step
@@ -91,7 +91,7 @@ def run(
         del state
         clock.ready()
         losses = []
-        for index in range(options.steps):
+        for index in host_memory.loop(range(options.steps)):
             position = {"pairs": index * size.prompts}
             mixture = fit.fetch(made, made.sources, sections, position)
             train, metrics = move(train, frozen, mixture, step_key(0, Purpose.UPDATE, index))

@@ -218,6 +218,9 @@ def main(letter: str, arguments: list[str] | None = None) -> None:
 
     if "JAX_PLATFORMS" not in os.environ:
         jax.config.update("jax_platforms", "cpu")  # what the others are measured on
+    from rlhf_jax import host_memory
+
+    host_memory.one_heap()  # as the programs do
     import_seconds = process_seconds()
     with (
         contextlib.redirect_stdout(sys.stderr),

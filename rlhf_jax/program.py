@@ -18,7 +18,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from rlhf_jax import sections
+from rlhf_jax import host_memory, sections
 from rlhf_jax.schema import in_package, is_ours
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -245,6 +245,7 @@ def run_flags(main: Callable[..., Any]) -> None:
             if flag.value is not None and flag.name not in parameters:
                 fail(ValueError(f"--{flag.name}: this program takes no config; --help lists flags"))
         set_up_logging()
+        host_memory.one_heap()
         with one_line():
             join_job()
             main(**{name: flags.FLAGS[name].value for name in parameters})
@@ -271,6 +272,7 @@ def run_program(main: Callable[[ConfigDict, str], Any]) -> None:
                 )
             )
         set_up_logging()
+        host_memory.one_heap()
         with one_line():
             join_job()
         run(main, _CONFIG.value, _WORKDIR.value)

@@ -1,5 +1,6 @@
 """What a loop writes while it runs: metrics, samples, checkpoints; and where it resumes."""
 
+import itertools
 import json
 import logging
 import math
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from rlhf_jax import run_folder
+from rlhf_jax import host_memory, run_folder
 from rlhf_jax.compile_watch import CompileWatch, compiled
 from rlhf_jax.mesh import fetch_host
 from rlhf_jax.ops.metrics import value
@@ -79,8 +80,9 @@ class RunLog:
         Args:
             turn: a step from which on other programs run than before: they warm up again.
         """
-        yield from self._compiles.loop(range(first, turn))
-        yield from self._compiles.loop(range(max(first, turn), self._config.train.steps))
+        before, after = range(first, turn), range(max(first, turn), self._config.train.steps)
+        watched = itertools.chain(self._compiles.loop(before), self._compiles.loop(after))
+        yield from host_memory.loop(watched)
 
     def metrics(self, step: int, metrics: Metrics, seen: Mapping[str, float] = _NONE) -> None:
         """Takes the metrics of ``step`` and writes those of the step before.

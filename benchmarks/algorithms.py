@@ -24,7 +24,7 @@ from configs import dpo
 from configs.quickstart import get_config
 from rlhf_jax.evaluate import evaluate
 from rlhf_jax.pipeline import pipeline
-from rlhf_jax.program import set_up_logging
+from rlhf_jax.program import set_up
 from rlhf_jax.train_dpo import train_dpo
 from rlhf_jax.train_policy import train_policy
 
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="every run short, for tests")
     args = parser.parse_args()
     if args.one:
-        set_up_logging()
+        set_up()
         run_one(args.one, args.seeds[0], args.methods, args.workdir, args.small)
         return
     for seed in () if args.page_only else args.seeds:

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from benchmarks import quickstart_page
 from configs.quickstart import get_config
 from rlhf_jax.pipeline import pipeline
-from rlhf_jax.program import set_up_logging
+from rlhf_jax.program import set_up
 
 
 class Run(NamedTuple):
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="every run short, for tests")
     args = parser.parse_args()
     if args.one:
-        set_up_logging()
+        set_up()
         run = Run(args.one, args.seeds[0])
         pipeline(config_of(run, args.workdir, args.small), str(args.workdir / run.name))
         return

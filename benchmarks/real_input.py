@@ -28,7 +28,7 @@ from rlhf_jax import run_folder
 from rlhf_jax.data.sources import read_jsonl
 from rlhf_jax.ops.reward_metrics import pair_accuracy
 from rlhf_jax.pipeline import pipeline
-from rlhf_jax.program import set_up_logging
+from rlhf_jax.program import set_up
 from rlhf_jax.text.tokenizer import load_tokenizer
 from rlhf_jax.train_policy import train_policy
 from rlhf_jax.training.writer import write_json
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--page", type=pathlib.Path, default="docs/results/real_input.md")
     parser.add_argument("--small", action="store_true", help="every part short, for tests")
     args = parser.parse_args()
-    set_up_logging()
+    set_up()
     command = f"python -m benchmarks.real_input {' '.join(sys.argv[1:])}".rstrip()
     run(Place(args.data, args.workdir, args.small))
     args.page.write_text(real_input_page.page(args.workdir, command), encoding="utf-8")

@@ -31,7 +31,7 @@ from configs import eval_reward
 from rlhf_jax.data.sources import read_jsonl
 from rlhf_jax.label_samples import write_lines
 from rlhf_jax.pipeline import pipeline
-from rlhf_jax.program import set_up_logging
+from rlhf_jax.program import set_up
 
 DATA = pathlib.Path("../shared/data")
 SEEDS = (0, 1, 2)
@@ -277,7 +277,7 @@ def main() -> None:
     parser.add_argument("--page-only", action="store_true", help="write the page of what is done")
     parser.add_argument("--small", action="store_true", help="every part short, for tests")
     args = parser.parse_args()
-    set_up_logging()
+    set_up()
     # Runs of one set have the same shapes: they are compiled once.
     jax.config.update("jax_compilation_cache_dir", str(args.workdir.resolve() / "compiled"))
     place = Place(args.data, args.workdir, args.small)

@@ -84,6 +84,12 @@ def set_up_logging() -> None:
     ours.propagate = False
 
 
+def set_up() -> None:
+    """What a process does before anything else: its log, and one heap for its threads."""
+    set_up_logging()
+    host_memory.one_heap()
+
+
 def missing_key(error: AttributeError) -> ValueError | None:
     """What to say where this package read a key that the config does not have; else None."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -244,8 +250,7 @@ def run_flags(main: Callable[..., Any]) -> None:
         for flag in (_CONFIG, _WORKDIR):
             if flag.value is not None and flag.name not in parameters:
                 fail(ValueError(f"--{flag.name}: this program takes no config; --help lists flags"))
-        set_up_logging()
-        host_memory.one_heap()
+        set_up()
         with one_line():
             join_job()
             main(**{name: flags.FLAGS[name].value for name in parameters})
@@ -271,8 +276,7 @@ def run_program(main: Callable[[ConfigDict, str], Any]) -> None:
                     "and values as --config.key=value (with the equals sign)"
                 )
             )
-        set_up_logging()
-        host_memory.one_heap()
+        set_up()
         with one_line():
             join_job()
         run(main, _CONFIG.value, _WORKDIR.value)

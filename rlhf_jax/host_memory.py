@@ -32,11 +32,10 @@ def one_heap() -> None:
     """Threads that start from now on share the heap of the first one, which alone can grow as large
     as a step's memory; to be called before jax starts its own.
 
-    Nothing is changed where jax may have accelerators, on whose machines it gains nothing, or where
-    the environment has MALLOC_ARENA_MAX.
+    Nothing is changed where jax may have accelerators: on their machines it gains nothing.
     """
     library = _library()
-    if library is not None and "MALLOC_ARENA_MAX" not in os.environ and _cpus_only():
+    if library is not None and _cpus_only():
         _set(library, {_ARENA_MAX: 1})
 
 
@@ -52,7 +51,7 @@ def loop(items: Iterable[_Item]) -> Iterator[_Item]:
     """Yields ``items``, the steps of a loop; meanwhile freed memory stays with the process.
 
     It goes back to the system after the first two steps and at the end. Where devices have memory
-    of their own, and without the GNU C library, this is ``items``.
+    of their own, and where `one_heap` can do nothing, this is ``items``.
 
     Example:
         >>> for step in loop(range(10)):
@@ -74,8 +73,9 @@ def loop(items: Iterable[_Item]) -> Iterator[_Item]:
 
 
 def _library() -> ctypes.CDLL | None:
-    """The C library of this process if its allocator has these options; else None."""
-    if sys.platform != "linux":
+    """The C library of this process if its allocator has these options; None without it, and where
+    the environment has options of its own (MALLOC_ARENA_MAX)."""
+    if sys.platform != "linux" or "MALLOC_ARENA_MAX" in os.environ:
         return None
     library = ctypes.CDLL(None)
     return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None

@@ -104,6 +104,8 @@ def test_the_environment_has_the_last_word(monkeypatch):
     monkeypatch.setattr(host_memory, "_cpus_only", lambda: True)
     monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
     host_memory.one_heap()
+    assert list(host_memory.loop("ab")) == ["a", "b"]
     monkeypatch.delenv("MALLOC_ARENA_MAX")
-    with pytest.raises(AssertionError):
-        host_memory.one_heap()
+    if host_memory._library() is not None:
+        with pytest.raises(AssertionError):
+            host_memory.one_heap()

@@ -2,8 +2,8 @@
 
 A compiled step asks for all its temporary memory in one piece and gives it back. The C library
 returns pieces of that size to the system, which hands them out again page by page and filled with
-zeros: an eighth of a PPO step of 27 million parameters (docs/results/workloads.md). Programs call
-`one_heap` before jax starts, and take the steps of their loops from `loop`.
+zeros: up to an eighth of a PPO step of 27 million parameters (docs/results/workloads.md). Programs
+call `one_heap` before jax starts, and take the steps of their loops from `loop`.
 """
 
 import ctypes
@@ -17,26 +17,34 @@ from typing import TypeVar
 import jax
 
 _Item = TypeVar("_Item")
-# Options of mallopt (malloc.h of the GNU C library) with what a loop wants and what is usual:
+# Options of mallopt (malloc.h of the GNU C library):
 # https://www.gnu.org/software/libc/manual/html_node/Malloc-Tunable-Parameters.html
-_ARENA_MAX, _MMAP_MAX, _TRIM_THRESHOLD = -8, -4, -1
+_ARENA_MAX, _MMAP_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -8, -4, -3, -1
 _KEPT = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1}  # nothing goes to the system by itself
-_USUAL = {_MMAP_MAX: 65536, _TRIM_THRESHOLD: 128 * 1024}
+# Both thresholds move by themselves until one is set; these are where they end in a large process.
+_USUAL = {_MMAP_MAX: 65536, _MMAP_THRESHOLD: 32 * 2**20, _TRIM_THRESHOLD: 64 * 2**20}
 # A piece is found again a little too short for what it was cut for (alignment), so the second step
 # cuts another, and from the third on they lie side by side. Until then all goes back to the
-# system, and so a run holds no more than it would without all this.
+# system, and so a run holds about what it would without all this.
 _SETTLING = 2
+
+_shared = False  # whether threads share one heap: a fact of the process
 
 
 def one_heap() -> None:
     """Threads that start from now on share the heap of the first one, which alone can grow as large
     as a step's memory; to be called before jax starts its own.
 
-    Nothing is changed where jax may have accelerators: on their machines it gains nothing.
+    Nothing is changed, here and in `loop`, where jax may have accelerators, whose machines gain
+    nothing by it; where the environment has options for the allocator (MALLOC_..., GLIBC_TUNABLES);
+    and with another allocator.
     """
+    global _shared
+    tuned = any(name.startswith("MALLOC_") for name in os.environ)
+    tuned |= "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
     library = _library()
-    if library is not None and _cpus_only():
-        _set(library, {_ARENA_MAX: 1})
+    if library is not None and not tuned and _cpus_only():
+        _shared = library.mallopt(_ARENA_MAX, 1) == 1  # others that have a mallopt refuse
 
 
 def _cpus_only() -> bool:
@@ -50,19 +58,19 @@ def _cpus_only() -> bool:
 def loop(items: Iterable[_Item]) -> Iterator[_Item]:
     """Yields ``items``, the steps of a loop; meanwhile freed memory stays with the process.
 
-    It goes back to the system after the first two steps and at the end. Where devices have memory
-    of their own, and where `one_heap` can do nothing, this is ``items``.
+    It goes back to the system after the first two steps and at the end. Without `one_heap` this is
+    ``items``. Not for a loop within a loop: the inner one's end ends the outer one's too.
 
     Example:
         >>> for step in loop(range(10)):
         ...     pass
     """
-    library = _library() if jax.default_backend() == "cpu" else None
+    library = _library() if _shared else None
     if library is None:
         yield from items
         return
-    _set(library, _KEPT)
     try:
+        _set(library, _KEPT)
         for done, item in enumerate(items):
             yield item
             if done < _SETTLING:
@@ -73,9 +81,8 @@ def loop(items: Iterable[_Item]) -> Iterator[_Item]:
 
 
 def _library() -> ctypes.CDLL | None:
-    """The C library of this process if its allocator has these options; None without it, and where
-    the environment has options of its own (MALLOC_ARENA_MAX)."""
-    if sys.platform != "linux" or "MALLOC_ARENA_MAX" in os.environ:
+    """The C library of this process if its allocator has these options; else None."""
+    if sys.platform != "linux":
         return None
     library = ctypes.CDLL(None)
     return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
@@ -83,5 +90,4 @@ def _library() -> ctypes.CDLL | None:
 
 def _set(library: ctypes.CDLL, options: dict[int, int]) -> None:
     for option, value in options.items():
-        if library.mallopt(option, value) != 1:
-            raise RuntimeError(f"mallopt({option}, {value}) was refused")
+        library.mallopt(option, value)

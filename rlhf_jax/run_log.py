@@ -1,6 +1,5 @@
 """What a loop writes while it runs: metrics, samples, checkpoints; and where it resumes."""
 
-import itertools
 import json
 import logging
 import math
@@ -80,9 +79,8 @@ class RunLog:
         Args:
             turn: a step from which on other programs run than before: they warm up again.
         """
-        before, after = range(first, turn), range(max(first, turn), self._config.train.steps)
-        watched = itertools.chain(self._compiles.loop(before), self._compiles.loop(after))
-        yield from host_memory.loop(watched)
+        for steps in (range(first, turn), range(max(first, turn), self._config.train.steps)):
+            yield from host_memory.loop(self._compiles.loop(steps))
 
     def metrics(self, step: int, metrics: Metrics, seen: Mapping[str, float] = _NONE) -> None:
         """Takes the metrics of ``step`` and writes those of the step before.

@@ -28,7 +28,7 @@ _USUAL = {_MMAP_MAX: 65536, _MMAP_THRESHOLD: 32 * 2**20, _TRIM_THRESHOLD: 64 * 2
 # system, and so a run holds about what it would without all this.
 _SETTLING = 2
 
-_shared = False  # whether threads share one heap: a fact of the process
+_allocator: ctypes.CDLL | None = None  # of this process, once its threads share one heap
 
 
 def one_heap() -> None:
@@ -39,12 +39,13 @@ def one_heap() -> None:
     nothing by it; where the environment has options for the allocator (MALLOC_..., GLIBC_TUNABLES);
     and with another allocator.
     """
-    global _shared
+    global _allocator
     tuned = any(name.startswith("MALLOC_") for name in os.environ)
     tuned |= "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
     library = _library()
     if library is not None and not tuned and _cpus_only():
-        _shared = library.mallopt(_ARENA_MAX, 1) == 1  # others that have a mallopt refuse
+        taken = library.mallopt(_ARENA_MAX, 1) == 1  # others that have a mallopt refuse
+        _allocator = library if taken else None
 
 
 def _cpus_only() -> bool:
@@ -65,19 +66,18 @@ def loop(items: Iterable[_Item]) -> Iterator[_Item]:
         >>> for step in loop(range(10)):
         ...     pass
     """
-    library = _library() if _shared else None
-    if library is None:
+    if _allocator is None:
         yield from items
         return
     try:
-        _set(library, _KEPT)
+        _set(_KEPT)
         for done, item in enumerate(items):
             yield item
             if done < _SETTLING:
-                library.malloc_trim(0)
+                _allocator.malloc_trim(0)
     finally:
-        _set(library, _USUAL)
-        library.malloc_trim(0)
+        _set(_USUAL)
+        _allocator.malloc_trim(0)
 
 
 def _library() -> ctypes.CDLL | None:
@@ -88,6 +88,6 @@ def _library() -> ctypes.CDLL | None:
     return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
 
 
-def _set(library: ctypes.CDLL, options: dict[int, int]) -> None:
+def _set(options: dict[int, int]) -> None:
     for option, value in options.items():
-        library.mallopt(option, value)
+        _allocator.mallopt(option, value)

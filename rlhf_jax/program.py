@@ -85,7 +85,7 @@ def set_up_logging() -> None:
 
 
 def set_up() -> None:
-    """What a process does before anything else: its log, and one heap for its threads."""
+    """What a process that trains does first: its log, and one heap for its threads."""
     set_up_logging()
     host_memory.one_heap()
 
@@ -250,7 +250,7 @@ def run_flags(main: Callable[..., Any]) -> None:
         for flag in (_CONFIG, _WORKDIR):
             if flag.value is not None and flag.name not in parameters:
                 fail(ValueError(f"--{flag.name}: this program takes no config; --help lists flags"))
-        set_up()
+        set_up_logging()
         with one_line():
             join_job()
             main(**{name: flags.FLAGS[name].value for name in parameters})

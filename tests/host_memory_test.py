@@ -32,7 +32,7 @@ for done in loop:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     step(x).block_until_ready()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(int(open("/proc/self/statm").read().split()[1]))
+print(open("/proc/self/statm").read().split()[1])
 """
 
 
@@ -68,12 +68,12 @@ def test_a_step_has_the_memory_of_the_one_before_and_a_loop_gives_it_back():
 class _Library:
     """Takes every option, but those in `refused`, and writes down what it was asked."""
 
-    def __init__(self, refused=()):
-        self.calls, self._refused = [], refused
+    def __init__(self):
+        self.calls, self.refused = [], ()
 
     def mallopt(self, option, value):
         self.calls.append((option, value))
-        return int(option not in self._refused)
+        return int(option not in self.refused)
 
     def malloc_trim(self, pad):
         self.calls.append("trim")
@@ -85,7 +85,7 @@ def library(monkeypatch):
     """A library in the place of this process's own, on a machine without accelerators."""
     library = _Library()
     monkeypatch.setattr(host_memory, "_library", lambda: library)
-    monkeypatch.setattr(host_memory, "_shared", False)
+    monkeypatch.setattr(host_memory, "_allocator", None)
     monkeypatch.setattr(host_memory, "_cpus_only", lambda: True)
     for name in [name for name in os.environ if name.startswith("MALLOC_")]:
         monkeypatch.delenv(name)
@@ -108,7 +108,7 @@ def test_a_loop_that_ends_early_sets_the_usual_options_again(library):
 
 
 def test_an_allocator_that_refuses_is_left_alone(library):
-    library._refused = (-8,)
+    library.refused = (-8,)
     host_memory.one_heap()
     assert list(host_memory.loop("ab")) == ["a", "b"]
     assert library.calls == [(-8, 1)]

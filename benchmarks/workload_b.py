@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from benchmarks import decode, workloads
 from benchmarks.workload_a import check_full, data, rollout, write_prompts
-from benchmarks.workloads import KL_COEF, LEARNING_RATE, MESH, Clock, Options
+from benchmarks.workloads import KL_COEF, LAYER_CHUNK, LEARNING_RATE, MESH, Clock, Options
 from rlhf_jax import host_memory, policy_run
 from rlhf_jax.policy_plan import make_plan
 from rlhf_jax.train_policy import iterate
@@ -34,7 +34,7 @@ def policy_config(
         dict(
             seed=0,
             mesh=MESH,
-            model=dict(init_from=str(folder / "model"), remat="products"),
+            model=dict(init_from=str(folder / "model"), remat="products", layer_chunk=LAYER_CHUNK),
             data=data(folder, prompts, size),
             extra=dict(),
             rollout=rollout(size),

@@ -17,7 +17,7 @@ import jax
 from ml_collections import ConfigDict
 
 from benchmarks import decode, update, workloads
-from benchmarks.workloads import MESH, Clock, Options
+from benchmarks.workloads import LAYER_CHUNK, MESH, Clock, Options
 from rlhf_jax import fit, host_memory, train_reward
 from rlhf_jax.ops.metrics import values
 from rlhf_jax.training.keys import Purpose, step_key
@@ -59,7 +59,7 @@ def config(options: Options, folder: pathlib.Path, pairs: pathlib.Path) -> Confi
             seed=0,
             card=dict(sources=dict(pairs=origin), licence="unknown", limits=("it says nothing",)),
             mesh=MESH,
-            model=dict(init_from=str(folder / "reward"), remat="products"),
+            model=dict(init_from=str(folder / "reward"), remat="products", layer_chunk=LAYER_CHUNK),
             reward=dict(score_heads=("outcome",)),
             data=dict(tokenizer=str(folder / "reward")),
             sources=dict(pairs=source),

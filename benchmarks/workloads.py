@@ -59,6 +59,7 @@ SMALL_SIZES = {"A": Size(4, 1, 6, 4), "B": Size(4, 2, 6, 4), "C": Size(4, 1, 6, 
 LEARNING_RATE = 1e-5
 KL_COEF = 0.04
 MESH = dict(data=-1, fsdp=1, tensor=1)  # -1: all devices, of which a CPU is one
+LAYER_CHUNK = 1536  # tokens: of these models what one core's cache holds
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,7 @@ from rlhf_jax.training.checkpoint import check_newest, restore_subtree
 from rlhf_jax.types import Params
 
 # What a role may set itself when the rest comes from a checkpoint.
-OWN_FIELDS = ("param_dtype", "compute_dtype", "remat", "logprob_chunk")
+OWN_FIELDS = ("param_dtype", "compute_dtype", "remat", "logprob_chunk", "layer_chunk")
 # A model's section: a name or a folder to start from, and fields of its config.
 # How many members a model has is said where it becomes a reward model (reward.members).
 _MEMBERS = ("members", "ensemble")

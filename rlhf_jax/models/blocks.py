@@ -29,6 +29,7 @@ from rlhf_jax.models.attention import (
 )
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.rope import SinCos, rotate
+from rlhf_jax.models.turned import TURNED, few_rows
 from rlhf_jax.types import Array
 
 Length = Int[Array, ""] | Int[Array, " B"]
@@ -144,6 +145,10 @@ class Projection(nn.Module):
         Adapters are stored as float32 whatever the base is: they are small, and steps that train
         them would be lost in the rounding of bfloat16.
         """
+        if name == "kernel" and self.has_variable("params", TURNED):
+            turned = self.get_variable("params", TURNED)
+            few = few_rows(x.reshape(-1, turned.shape[1]), turned)
+            return few.reshape(*x.shape[: x.ndim - axes], *shape[axes:])
         stored = "float32" if name.startswith("lora_") else self.config.param_dtype
         weight = self.param(name, init, shape, jnp.dtype(stored))
         compute = jnp.dtype(self.config.compute_dtype)

@@ -52,6 +52,10 @@ class ModelConfig:
             memory); "dots" those of the projections, "full" only the layer's input.
         logprob_chunk: tokens per chunk of the log-probabilities, so that logits exist for
             one chunk at a time.
+        layer_chunk: tokens per chunk of whole rows that go through a layer one after the other
+            (blockwise: Liu & Abbeel 2023, https://arxiv.org/abs/2305.19370); 0 = all at once. On
+            CPUs a layer is faster on what its cache holds, about 1,000 tokens of width 512.
+            Without effect on a mesh of several devices.
         lora_rank: rank of the adapters; 0 = none.
         lora_alpha: adapters are scaled by ``lora_alpha / lora_rank``.
         lora_targets: projections that carry adapters.
@@ -99,6 +103,7 @@ class ModelConfig:
     compute_dtype: str = "float32"
     remat: str = "products"
     logprob_chunk: int = 128
+    layer_chunk: int = 0
     lora_rank: int = 0
     lora_alpha: int | float = 16.0
     lora_targets: tuple[str, ...] = PROJECTIONS
@@ -180,7 +185,7 @@ _POSITIVE = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "max_positions", "window", "rope_theta_local", "attention_scale", "attention_softcap",
-    "logit_softcap", "lora_rank",
+    "logit_softcap", "layer_chunk", "lora_rank",
 )  # fmt: skip
 _KNOWN = {
     "param_dtype": DTYPES,

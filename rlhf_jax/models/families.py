@@ -28,7 +28,7 @@ FAMILIES = MappingProxyType(
 # What a family decides; all other fields are ours alone and appear in no published config.
 _OURS = (
     "lm_head", "score_heads", "param_dtype", "compute_dtype", "remat", "logprob_chunk",
-    "lora_rank", "lora_alpha", "lora_targets", "members", "ensemble",
+    "layer_chunk", "lora_rank", "lora_alpha", "lora_targets", "members", "ensemble",
 )  # fmt: skip
 
 

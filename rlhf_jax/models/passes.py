@@ -82,25 +82,59 @@ def full_pass(
     else:
         both = _group_sights(config, positions, mask, layout)
 
-    def step(x, layer_and_kind, since=0):
-        layer, local = layer_and_kind
-        x, _ = block.apply({"params": layer}, x, _choose(both, local), None, since)
-        return x, None
-
+    step = _make_step(config, block, both, chunks_of(config, *mask.shape))
     local = jnp.array(config.local)
     if isinstance(layers, list):
         for layer, kind, first in zip(layers, local, _in_last(since, config), strict=True):
-            x, _ = _remat(config, functools.partial(step, since=first))(x, (layer, kind))
+            x, _ = step(x, (layer, kind), since=first)
         return x
     # Inside a scan the loop already keeps the recomputation apart.
-    scanned = _remat(config, step, prevent_cse=False)
+    scanned = functools.partial(step, prevent_cse=False)
     if not _last_is_apart(config, block, mask.shape[0] * since):
         x, _ = jax.lax.scan(scanned, x, (layers, local))
         return x[:, since:]
     most, last = (_cut((layers, local), at) for at in (slice(-1), -1))
     x, _ = jax.lax.scan(scanned, x, most)
-    x, _ = _remat(config, functools.partial(step, since=since))(x, last)
+    x, _ = step(x, last, since=since)
     return x
+
+
+def _make_step(config, block, both, chunks):
+    """One layer as a function (x, (layer, kind)) -> (x, None) that keeps for its backward pass
+    what ``config.remat`` says; in chunks of rows, one after the other, where there are several."""
+
+    def step(x, layer_and_kind, *, since=0, prevent_cse=True):
+        def run(x, both):
+            layer, local = layer_and_kind
+            return block.apply({"params": layer}, x, _choose(both, local), None, since)[0]
+
+        if chunks == 1:
+            return _remat(config, run, prevent_cse)(x, both), None
+        parts = jax.tree.map(lambda leaf: _cut_rows(leaf, chunks), (x, both))
+        run = _remat(config, run, prevent_cse=False)
+        out = jax.lax.map(lambda part: run(*part), parts)
+        return out.reshape(x.shape[0], *out.shape[2:]), None
+
+    return step
+
+
+def chunks_of(config: ModelConfig, rows: int, length: int) -> int:
+    """In how many chunks of whole rows a layer is computed (``config.layer_chunk``): as few equal
+    ones as keep to that many tokens; single rows where these are longer.
+
+    One on a mesh of several devices, over which the rows are spread.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not config.layer_chunk or (not mesh.empty and mesh.size > 1):
+        return 1
+    enough = (
+        n for n in range(1, rows) if rows % n == 0 and rows // n * length <= config.layer_chunk
+    )
+    return next(enough, rows)
+
+
+def _cut_rows(leaf, chunks):
+    return leaf.reshape(chunks, leaf.shape[0] // chunks, *leaf.shape[1:])
 
 
 def _in_last(since, config):
@@ -123,7 +157,7 @@ def _last_is_apart(config, block, unread):
     return unread > 0 and worth and config.layers <= MOST_LAYERS and block.rules.length is None
 
 
-def _remat(config, step, prevent_cse=True):
+def _remat(config, step, prevent_cse):
     """`step` that keeps for the backward pass what ``config.remat`` says."""
     if config.remat == "none":
         return step

@@ -22,6 +22,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.heads import ScalarHead, has_bias, kernel_scale
 from rlhf_jax.models.members import stacked_axes, stacked_init
 from rlhf_jax.models.passes import Layout, cached_pass, check_positions, full_pass, sights
+from rlhf_jax.models.turned import TURNED, few_rows
 from rlhf_jax.types import Array, Cache, ModelOutput, Params
 
 _ROWS = ("batch", "length", None)
@@ -231,6 +232,8 @@ def _logits(
 ) -> Float[Array, "*B V"]:
     if not config.lm_head:
         raise ValueError("this model has no LM head (model.lm_head=False): it gives no logits")
+    if TURNED in params.get("unembed", {}):
+        return capped(few_rows(hidden, params["unembed"][TURNED]), config.logit_softcap)
     compute = jnp.dtype(config.compute_dtype)
     tied = config.tie_embeddings
     weight = params["embed"]["table"] if tied else params["unembed"]["kernel"]

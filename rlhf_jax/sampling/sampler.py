@@ -22,6 +22,7 @@ from rlhf_jax.mesh import batch_axes
 from rlhf_jax.models.completions import positions_of
 from rlhf_jax.models.lora import join
 from rlhf_jax.models.transformer import Model
+from rlhf_jax.models.turned import turn, turns
 from rlhf_jax.sampling.methods import Keys, draw_token, row_keys
 from rlhf_jax.text.steps import mark_step_ends
 from rlhf_jax.types import (
@@ -117,6 +118,7 @@ def _decode(
     *,
     samples: int,
     max_tokens: int,
+    turned: bool,
 ) -> Decoding:
     """Prefill and decode loop of the rows at hand; the final state."""
     weights, head = decoding_params(model, params, frozen)
@@ -152,6 +154,8 @@ def _decode(
         state = state._replace(cache=out.cache)
         return _write_token(state, model.logits(head, out.hidden[:, 0]), keys, sampling, tables)
 
+    if turned:
+        weights, head = turn(weights, head, model.config)
     state = _write_token(state, logits, keys, sampling, tables)
     return jax.lax.while_loop(unfinished, step, state)
 
@@ -160,6 +164,7 @@ def _generate_rows(
     model: Model,
     samples: int,
     max_tokens: int,
+    turned: bool,
     params: Params,
     frozen: Params,
     prompts: Prompts,
@@ -186,6 +191,7 @@ def _generate_rows(
         tables,
         samples=samples,
         max_tokens=max_tokens,
+        turned=turned,
     )
     return Rollouts(
         prompts=prompts,
@@ -240,7 +246,8 @@ def generate(
         )
     if samples < 1 or max_tokens < 1:
         raise ValueError(f"samples={samples}, max_tokens={max_tokens}; wanted 1 or more of both")
-    run = functools.partial(_generate_rows, model, samples, max_tokens)
+    turned = turns(model.config, mesh, prompts.tokens.shape[0] * samples)
+    run = functools.partial(_generate_rows, model, samples, max_tokens, turned)
     arguments = (params, frozen, prompts, key, sampling, tables, jnp.asarray(version, jnp.int32))
     axes = () if mesh is None else batch_axes(mesh, model.rules)
     shards = math.prod(mesh.shape[axis] for axis in axes)

@@ -117,6 +117,7 @@ def _evaluate_one(model, tree, rollouts, temperature) -> CompletionOutput:
             rollouts.tokens,
             temperature=temperature,
             chunk=config.logprob_chunk,
+            keep_logits=config.keep_logits,
         )
         logprobs, entropy = zero_padding(logprobs), zero_padding(entropy)
     scores = {}
@@ -329,6 +330,7 @@ def _texts_of_one(model, tree, texts) -> TextOutput:
             following,
             temperature=1.0,
             chunk=config.logprob_chunk,
+            keep_logits=config.keep_logits,
         )
         seen = jnp.concatenate([jnp.zeros_like(mask[:, :1]), mask[:, :-1]], axis=1)
         logprobs = jnp.concatenate([jnp.zeros_like(ahead[:, :1]), ahead[:, :-1]], axis=1)

@@ -173,6 +173,14 @@ class ModelConfig:
         return self.local_layers or (self.window > 0,) * self.layers
 
     @property
+    def keep_logits(self) -> bool:
+        """Whether a backward pass keeps the logits: where it keeps products, and no more numbers of
+        them than of one layer."""
+        heads = 2 * (self.heads + self.kv_heads) * self.head_dim
+        of_layer = heads + self.width + (1 + self.gated_mlp) * self.mlp_width
+        return self.remat != "full" and self.vocab_size <= of_layer
+
+    @property
     def rotary_dim(self) -> int:
         """How many numbers of a head RoPE rotates."""
         return int(self.head_dim * self.rope_fraction)

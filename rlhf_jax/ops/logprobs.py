@@ -8,10 +8,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from rlhf_jax.types import Array
 
+_LOGITS = "logits"
 Scalar = Float[Array, ""] | float
 
 
@@ -52,6 +54,7 @@ def chunked_logprobs(
     *,
     temperature: Scalar = 1.0,
     chunk: int = 128,
+    keep_logits: bool = False,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """`token_logprobs` from hidden states without ever forming logits of all positions.
 
@@ -65,17 +68,23 @@ def chunked_logprobs(
         tokens: the tokens whose log-probs are wanted.
         temperature: may be traced; 0 counts as 1.
         chunk: positions per chunk; the last chunk is padded if it does not divide T.
+        keep_logits: the backward pass finds all logits, [B T V], where the forward pass left them;
+            for small vocabularies.
     """
     if chunk < 1:
         raise ValueError(f"chunk={chunk}; wanted 1 or more positions")
 
     def one_chunk(args):
         states, ids = args
-        return token_logprobs(logits_fn(states), ids, temperature)
+        logits = checkpoint_name(logits_fn(states), _LOGITS)
+        return token_logprobs(logits, ids, temperature)
+
+    kept = (_LOGITS,) if keep_logits else ()
+    policy = jax.checkpoint_policies.save_only_these_names(*kept)
 
     rows, length, _ = hidden.shape
     if length <= chunk:
-        return jax.checkpoint(one_chunk)((hidden, tokens))
+        return jax.checkpoint(one_chunk, policy=policy)((hidden, tokens))
     chunks = -(-length // chunk)
     padding = chunks * chunk - length
 
@@ -87,6 +96,6 @@ def chunked_logprobs(
         return jnp.reshape(jnp.moveaxis(x, 0, 1), (rows, chunks * chunk))[:, :length]
 
     # Inside a loop, common subexpressions cannot defeat the recomputation.
-    body = jax.checkpoint(one_chunk, prevent_cse=False)
+    body = jax.checkpoint(one_chunk, prevent_cse=False, policy=policy)
     logprobs, entropy = jax.lax.map(body, (split(hidden), split(tokens)))
     return join(logprobs), join(entropy)

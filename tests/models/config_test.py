@@ -21,6 +21,7 @@ from rlhf_jax.models.transformer import decoder
         (dict(lora_targets=("q",)), "model.lora_targets='q'; known: query"),
         (dict(score_heads=("value", "value")), "names a head twice"),
         (dict(logprob_chunk=0), "model.logprob_chunk=0"),
+        (dict(layer_chunk=-1), "model.layer_chunk=-1"),
     ],
 )
 def test_bad_fields_are_named(overrides, message):
@@ -56,3 +57,12 @@ def test_configs_are_hashable_values():
 def test_named_sizes_have_the_published_number_of_parameters(name, count):
     shapes = jax.eval_shape(decoder(named_size(name)).init, jax.random.key(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
+
+
+def test_logits_are_kept_where_they_are_no_more_than_a_layer_keeps():
+    config = named_size("tiny")
+    # queries and outputs of attention, keys and values, the residual's input, up and gate
+    kept = 2 * 64 + 2 * 32 + 64 + 2 * 128
+    assert dataclasses.replace(config, vocab_size=kept).keep_logits
+    assert not dataclasses.replace(config, vocab_size=kept + 1).keep_logits
+    assert not dataclasses.replace(config, vocab_size=kept, remat="full").keep_logits

@@ -77,8 +77,10 @@ def head():
     return hidden, kernel, jax.random.randint(keys[2], (2, 7), 0, 11)
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 100])
-def test_chunks_equal_the_whole_in_value_and_gradient(chunk):
+@pytest.mark.parametrize(
+    ("chunk", "keep"), [(1, False), (2, False), (3, False), (3, True), (7, False), (100, True)]
+)
+def test_chunks_equal_the_whole_in_value_and_gradient(chunk, keep):
     hidden, kernel, tokens = head()
 
     def whole(hidden, kernel):
@@ -86,7 +88,12 @@ def test_chunks_equal_the_whole_in_value_and_gradient(chunk):
 
     def chunked(hidden, kernel):
         return logprobs.chunked_logprobs(
-            hidden, lambda h: h @ kernel, tokens, temperature=0.7, chunk=chunk
+            hidden,
+            lambda h: h @ kernel,
+            tokens,
+            temperature=0.7,
+            chunk=chunk,
+            keep_logits=keep,
         )
 
     def total(f):
@@ -115,6 +122,21 @@ def test_logits_of_all_positions_are_never_formed():
     compiled = jax.jit(jax.grad(total, argnums=(0, 1))).lower(*shapes).compile()
     peak = compiled.memory_analysis().temp_size_in_bytes
     assert peak < rows * length * vocabulary * 4  # one copy of the full logits
+
+
+@pytest.mark.parametrize("chunk", [7, 3])
+def test_logits_that_are_kept_are_not_made_twice(chunk):
+    hidden, kernel, tokens = head()
+
+    def products(keep):
+        def total(hidden):
+            options = dict(chunk=chunk, keep_logits=keep)
+            found, _ = logprobs.chunked_logprobs(hidden, lambda h: h @ kernel, tokens, **options)
+            return jnp.sum(found)
+
+        return str(jax.make_jaxpr(jax.grad(total))(hidden)).count("dot_general")
+
+    assert (products(True), products(False)) == (2, 3)
 
 
 def test_chunk_must_be_positive():

@@ -109,7 +109,7 @@ class Projection(nn.Module):
     """y = x W (+ b) (+ (α/r) (x A) B), contracting the last ``len(inputs)`` axes of x.
 
     The adapter is that of LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685): B starts at
-    zero, so a fresh adapter changes nothing.
+    zero, so a fresh adapter changes nothing. A decode loop may give W turned (`models.turned`).
     """
 
     config: ModelConfig
@@ -146,9 +146,9 @@ class Projection(nn.Module):
         them would be lost in the rounding of bfloat16.
         """
         if name == "kernel" and self.has_variable("params", TURNED):
-            turned = self.get_variable("params", TURNED)
-            few = few_rows(x.reshape(-1, turned.shape[1]), turned)
-            return few.reshape(*x.shape[: x.ndim - axes], *shape[axes:])
+            lead = x.shape[: x.ndim - axes]
+            few = few_rows(x.reshape(*lead, -1), self.get_variable("params", TURNED))
+            return few.reshape(*lead, *shape[axes:])
         stored = "float32" if name.startswith("lora_") else self.config.param_dtype
         weight = self.param(name, init, shape, jnp.dtype(stored))
         compute = jnp.dtype(self.config.compute_dtype)
@@ -172,7 +172,8 @@ def product(
 
 
 def _product_kept(x, weight, axes, dtype):
-    return product(x, weight, axes, dtype), (x, weight)
+    # Not `product` itself, in which remat="dots" would see no product to keep.
+    return jnp.tensordot(x, weight, axes, preferred_element_type=dtype), (x, weight)
 
 
 def _product_back(axes, dtype, kept, dy):

@@ -53,9 +53,9 @@ class ModelConfig:
         logprob_chunk: tokens per chunk of the log-probabilities, so that logits exist for
             one chunk at a time.
         layer_chunk: tokens per chunk of whole rows that go through a layer one after the other
-            (blockwise: Liu & Abbeel 2023, https://arxiv.org/abs/2305.19370); 0 = all at once. On
-            CPUs a layer is faster on what its cache holds, about 1,000 tokens of width 512.
-            Without effect on a mesh of several devices.
+            (blockwise: Liu & Abbeel 2023, https://arxiv.org/abs/2305.19370), in scoring and
+            training; 0 = all at once. A CPU is faster on what its cache holds, about 1,000 tokens
+            of width 512; without effect elsewhere and on a mesh of several devices.
         lora_rank: rank of the adapters; 0 = none.
         lora_alpha: adapters are scaled by ``lora_alpha / lora_rank``.
         lora_targets: projections that carry adapters.

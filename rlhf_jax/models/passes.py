@@ -104,8 +104,11 @@ def _make_step(config, block, both, chunks):
     what ``config.remat`` says; in chunks of rows, one after the other, where there are several."""
 
     def step(x, layer_and_kind, *, since=0, prevent_cse=True):
+        layer, local = layer_and_kind
+        if chunks > 1:  # gradients of the layer are added up over chunks, in this type
+            layer = jax.tree.map(_wide, layer)
+
         def run(x, both):
-            layer, local = layer_and_kind
             return block.apply({"params": layer}, x, _choose(both, local), None, since)[0]
 
         if chunks == 1:
@@ -122,19 +125,24 @@ def chunks_of(config: ModelConfig, rows: int, length: int) -> int:
     """In how many chunks of whole rows a layer is computed (``config.layer_chunk``): as few equal
     ones as keep to that many tokens; single rows where these are longer.
 
-    One on a mesh of several devices, over which the rows are spread.
+    One where all such chunks are small (rows without a good divisor), on other devices than CPUs,
+    and on a mesh of several devices, over which the rows are spread.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if not config.layer_chunk or (not mesh.empty and mesh.size > 1):
+    most, mesh = config.layer_chunk, jax.sharding.get_abstract_mesh()
+    several = not mesh.empty and mesh.size > 1
+    if not most or rows == 0 or several or jax.default_backend() != "cpu":
         return 1
-    enough = (
-        n for n in range(1, rows) if rows % n == 0 and rows // n * length <= config.layer_chunk
-    )
-    return next(enough, rows)
+    fitting = (n for n in range(1, rows) if rows % n == 0 and rows // n * length <= most)
+    chunks = next(fitting, rows)
+    return chunks if 4 * (rows // chunks * length) >= most else 1
 
 
 def _cut_rows(leaf, chunks):
     return leaf.reshape(chunks, leaf.shape[0] // chunks, *leaf.shape[1:])
+
+
+def _wide(leaf):
+    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
 
 
 def _in_last(since, config):

@@ -19,26 +19,26 @@ from rlhf_jax.types import Array, Params
 TURNED = "turned"  # beside "kernel" in a projection's leaves, and then read in its place
 INPUT_AXES = {"output": 2}  # how many of a kernel's axes are inputs; 1 where nothing stands
 LEAST_ROWS, MOST_ROWS = 4, 128
+LEAST_TOKENS = 8  # of a loop: to turn a matrix takes about as long as one product with it
 
 
-def turns(config: ModelConfig, mesh: Mesh | None, rows: int) -> bool:
-    """Whether a decode loop over `rows` rows per shard wants its matrices turned.
+def turns(config: ModelConfig, mesh: Mesh | None, rows: int, tokens: int) -> bool:
+    """Whether a decode loop of so many tokens over `rows` rows wants its matrices turned.
 
     Only float32 on CPUs, where it was measured, and only whole matrices: turned ones carry no
     sharding rule.
     """
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    whole = mesh is None or mesh.size == 1
-    return (
-        platform == "cpu"
-        and whole
-        and LEAST_ROWS <= rows <= MOST_ROWS
-        and config.compute_dtype == "float32"
-    )
+    on_one_cpu = platform == "cpu" and (mesh is None or mesh.size == 1)
+    worth = LEAST_ROWS <= rows <= MOST_ROWS and tokens >= LEAST_TOKENS
+    return on_one_cpu and worth and config.compute_dtype == "float32"
 
 
 def turn(weights: Params, head: Params, config: ModelConfig) -> tuple[Params, Params]:
-    """Both trees of `sampler.decoding_params` with turned matrices; made once, before a loop."""
+    """Both trees of `sampler.decoding_params` with turned matrices; made once, before a loop.
+
+    They are a copy of the weights, which lives as long as the loop.
+    """
     layers = [
         {name: _turn_module(name, leaves) for name, leaves in layer.items()}
         for layer in weights["layers"]
@@ -59,10 +59,11 @@ def _turn_module(name, leaves):
     return out
 
 
-def few_rows(x: Float[Array, "M I"], turned: Float[Array, "O I"]) -> Float[Array, "M O"]:
+def few_rows(x: Float[Array, "*M I"], turned: Float[Array, "O I"]) -> Float[Array, "*M O"]:
     """x Wᵀ in float32, made as (W xᵀ)ᵀ."""
+    rows = x.reshape(-1, x.shape[-1])
     out = jax.lax.dot_general(
-        turned, x, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        turned, rows, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )
     # XLA would take both transpositions together and have W on the right again.
-    return jax.lax.optimization_barrier(out).T
+    return jax.lax.optimization_barrier(out).T.reshape(*x.shape[:-1], -1)

@@ -144,18 +144,19 @@ def _decode(
         behaviour=jnp.zeros(shape, jnp.float32),
     )
 
+    in_loop = turn(weights, head, model.config) if turned else (weights, head)
+
     def unfinished(state):
         return (state.position < max_tokens) & jnp.any(state.alive)
 
     def step(state):
         # Rows that have ended are computed along, but masked out of their own cache.
         place = (counts + state.position - 1)[:, None]
+        weights, head = in_loop
         out = model.apply(weights, state.token[:, None], place, state.alive[:, None], state.cache)
         state = state._replace(cache=out.cache)
         return _write_token(state, model.logits(head, out.hidden[:, 0]), keys, sampling, tables)
 
-    if turned:
-        weights, head = turn(weights, head, model.config)
     state = _write_token(state, logits, keys, sampling, tables)
     return jax.lax.while_loop(unfinished, step, state)
 
@@ -246,7 +247,7 @@ def generate(
         )
     if samples < 1 or max_tokens < 1:
         raise ValueError(f"samples={samples}, max_tokens={max_tokens}; wanted 1 or more of both")
-    turned = turns(model.config, mesh, prompts.tokens.shape[0] * samples)
+    turned = turns(model.config, mesh, prompts.tokens.shape[0] * samples, max_tokens)
     run = functools.partial(_generate_rows, model, samples, max_tokens, turned)
     arguments = (params, frozen, prompts, key, sampling, tables, jnp.asarray(version, jnp.int32))
     axes = () if mesh is None else batch_axes(mesh, model.rules)

@@ -38,6 +38,7 @@ def values_and_gradients(layout, chunk, *, stacked=True, since=0, **options):
     [
         (None, dict(stacked=False)),
         (Layout(4, 2), dict(WINDOW, since=3)),
+        (Layout(4, 2), dict(stacked=False, since=3, lora_rank=2, lora_alpha=2.0)),
         (None, dict(positions="learned", max_positions=WIDTH, remat="none")),
         (None, dict(remat="full", qk_norm=True)),
     ],
@@ -59,7 +60,9 @@ def test_chunks_change_nothing(layout, options):
         (10_000, 32, 192, 1),
         (1536, 32, 2000, 32),  # single rows are the least
         (500, 6, 200, 3),
-        (500, 7, 100, 7),  # equal chunks alone
+        (300, 7, 100, 7),
+        (500, 7, 100, 1),  # no equal chunks but small ones
+        (500, 0, 100, 1),
     ],
 )
 def test_as_few_equal_chunks_as_keep_to_the_tokens(chunk, rows, length, wanted):
@@ -71,6 +74,17 @@ def test_rows_that_are_spread_over_devices_stay_together():
     for devices, wanted in ((1, 2), (2, 1)):
         with jax.set_mesh(jax.make_mesh((devices,), ("data",))):
             assert chunks_of(config, ROWS, WIDTH) == wanted
+
+
+def test_gradients_of_bfloat16_leaves_are_added_up_in_float32():
+    model = decoder(named_size("tiny", layer_chunk=WIDTH, param_dtype="bfloat16"))
+
+    def total(params):
+        return jnp.sum(model.apply(params, *plain(ROWS, WIDTH), None).hidden)
+
+    text = str(jax.make_jaxpr(jax.grad(total))(model.shapes()))
+    kernels = r":(\w+)\[64,4,16\] = add_any"  # of queries, whose gradients are a loop's carry
+    assert re.findall(kernels, text) == ["f32"]
 
 
 def test_products_have_the_tokens_of_a_chunk():

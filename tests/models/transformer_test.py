@@ -357,3 +357,17 @@ def test_every_leaf_of_a_big_model_has_axes_that_split_it():
     assert all(len(shape) == len(axes) for shape, axes in pairs)
     split = {"vocab", "embed", "mlp", "heads", "kv_heads"}
     assert all(split & set(axes) for shape, axes in pairs if np.prod(shape) > 100_000)
+
+
+def test_a_backward_pass_makes_the_products_again_that_were_not_kept():
+    def products(remat):
+        model = decoder(named_size("tiny", remat=remat))
+
+        def total(params):
+            return jnp.sum(model.apply(params, *plain(2, 6), None).hidden)
+
+        gradient = jax.make_jaxpr(jax.grad(total))(model.shapes())
+        return str(gradient).count("dot_general[")
+
+    full, dots, kept, none = (products(remat) for remat in ("full", "dots", "products", "none"))
+    assert full > dots > kept > none

@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax.models.turned import MOST_ROWS, turns
+from rlhf_jax.models.turned import LEAST_TOKENS, MOST_ROWS, turns
 from rlhf_jax.sampling import sampler
-from tests.sampling.sampler_test import CONFIG, K, N, arguments, jitted, make_model
+from tests.models.batches import drawn
+from tests.sampling.sampler_test import CONFIG, K, N, T, arguments, jitted, make_model
 
 ROWS = N * K
 GPT2 = dict(
@@ -19,10 +20,16 @@ GPT2 = dict(
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, dict(tie_embeddings=True, logit_softcap=3.0, qk_norm=True), GPT2, dict(lora_rank=2)],
+    [
+        dict(param_dtype="bfloat16"),
+        dict(tie_embeddings=True, logit_softcap=3.0, qk_norm=True),
+        GPT2,
+        dict(lora_rank=2),
+    ],
 )
 def test_the_same_samples(changes, monkeypatch):
-    model, params = make_model(**changes)
+    model, _ = make_model(**changes)
+    params = drawn(model)  # no bias or adapter is zero
     turned = jitted(model)(*arguments(params))
     monkeypatch.setattr(sampler, "turns", lambda *_: False)
     plain = jitted(model)(*arguments(params))
@@ -50,9 +57,10 @@ def test_the_loop_has_weights_on_the_left_of_its_products(monkeypatch):
 
 
 def test_where_matrices_are_turned():
-    assert turns(CONFIG, None, ROWS)
-    assert not turns(CONFIG, None, 1)
-    assert not turns(CONFIG, None, MOST_ROWS + 1)
-    assert not turns(make_model(compute_dtype="bfloat16")[0].config, None, ROWS)
+    assert turns(CONFIG, None, ROWS, T)
+    assert not turns(CONFIG, None, 1, T)
+    assert not turns(CONFIG, None, MOST_ROWS + 1, T)
+    assert not turns(CONFIG, None, ROWS, LEAST_TOKENS - 1)
+    assert not turns(make_model(compute_dtype="bfloat16")[0].config, None, ROWS, T)
     for devices, wanted in ((1, True), (2, False)):
-        assert turns(CONFIG, jax.make_mesh((devices,), ("data",)), ROWS) == wanted
+        assert turns(CONFIG, jax.make_mesh((devices,), ("data",)), ROWS, T) == wanted

@@ -111,10 +111,10 @@ def _make_step(config, block, both, chunks):
         def run(x, both):
             return block.apply({"params": layer}, x, _choose(both, local), None, since)[0]
 
+        run = _remat(config, run, prevent_cse and chunks == 1)
         if chunks == 1:
-            return _remat(config, run, prevent_cse)(x, both), None
+            return run(x, both), None
         parts = jax.tree.map(lambda leaf: _cut_rows(leaf, chunks), (x, both))
-        run = _remat(config, run, prevent_cse=False)
         out = jax.lax.map(lambda part: run(*part), parts)
         return out.reshape(x.shape[0], *out.shape[2:]), None
 

@@ -118,7 +118,7 @@ def _decode(
     *,
     samples: int,
     max_tokens: int,
-    turned: bool,
+    mesh: Mesh | None,
 ) -> Decoding:
     """Prefill and decode loop of the rows at hand; the final state."""
     weights, head = decoding_params(model, params, frozen)
@@ -144,7 +144,9 @@ def _decode(
         behaviour=jnp.zeros(shape, jnp.float32),
     )
 
-    in_loop = turn(weights, head, model.config) if turned else (weights, head)
+    loop_weights, loop_head = weights, head
+    if turns(model.config, mesh, *shape):
+        loop_weights, loop_head = turn(weights, head, model.config)
 
     def unfinished(state):
         return (state.position < max_tokens) & jnp.any(state.alive)
@@ -152,10 +154,10 @@ def _decode(
     def step(state):
         # Rows that have ended are computed along, but masked out of their own cache.
         place = (counts + state.position - 1)[:, None]
-        weights, head = in_loop
-        out = model.apply(weights, state.token[:, None], place, state.alive[:, None], state.cache)
-        state = state._replace(cache=out.cache)
-        return _write_token(state, model.logits(head, out.hidden[:, 0]), keys, sampling, tables)
+        given = (state.token[:, None], place, state.alive[:, None], state.cache)
+        out = model.apply(loop_weights, *given)
+        logits = model.logits(loop_head, out.hidden[:, 0])
+        return _write_token(state._replace(cache=out.cache), logits, keys, sampling, tables)
 
     state = _write_token(state, logits, keys, sampling, tables)
     return jax.lax.while_loop(unfinished, step, state)
@@ -165,7 +167,7 @@ def _generate_rows(
     model: Model,
     samples: int,
     max_tokens: int,
-    turned: bool,
+    mesh: Mesh | None,
     params: Params,
     frozen: Params,
     prompts: Prompts,
@@ -192,7 +194,7 @@ def _generate_rows(
         tables,
         samples=samples,
         max_tokens=max_tokens,
-        turned=turned,
+        mesh=mesh,
     )
     return Rollouts(
         prompts=prompts,
@@ -247,8 +249,7 @@ def generate(
         )
     if samples < 1 or max_tokens < 1:
         raise ValueError(f"samples={samples}, max_tokens={max_tokens}; wanted 1 or more of both")
-    turned = turns(model.config, mesh, prompts.tokens.shape[0] * samples, max_tokens)
-    run = functools.partial(_generate_rows, model, samples, max_tokens, turned)
+    run = functools.partial(_generate_rows, model, samples, max_tokens, mesh)
     arguments = (params, frozen, prompts, key, sampling, tables, jnp.asarray(version, jnp.int32))
     axes = () if mesh is None else batch_axes(mesh, model.rules)
     shards = math.prod(mesh.shape[axis] for axis in axes)

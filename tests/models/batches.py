@@ -77,6 +77,18 @@ def drawn(model: Model, seed: int = 1) -> Params:
     return jax.tree_util.tree_map_with_path(draw, model.shapes())
 
 
+def hidden_and_gradients(model: Model, params: Params, given, layout, since: int, drop: int = 0):
+    """Gradients of a sum of hidden states, and these: those from `since` on without the first
+    `drop`."""
+
+    def loss(params):
+        hidden = model.apply(params, *given, None, layout, since=since).hidden[:, drop:]
+        weight = jnp.cos(jnp.arange(hidden.size, dtype=jnp.float32)).reshape(hidden.shape)
+        return jnp.sum(hidden * weight), hidden
+
+    return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+
 def plain(rows: int, length: int, *, seed: int = 0):
     """(tokens, positions, mask) of rows without padding."""
     tokens = np.random.default_rng(seed).integers(0, VOCABULARY, (rows, length))

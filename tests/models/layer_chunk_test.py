@@ -10,7 +10,8 @@ import pytest
 from rlhf_jax.models.config import named_size
 from rlhf_jax.models.passes import Layout, chunks_of
 from rlhf_jax.models.transformer import decoder
-from tests.models.batches import drawn, plain, tiny
+from tests.models.batches import hidden_and_gradients, plain, tiny
+from tests.models.since_test import LENGTH, rows_of_products
 
 ROWS, WIDTH = 4, 10
 TWO_ROWS = 2 * WIDTH
@@ -19,18 +20,11 @@ WINDOW = dict(window=3, local_layers=(True, False), rope_theta_local=50.0)
 
 def values_and_gradients(layout, chunk, *, stacked=True, since=0, **options):
     """Hidden states of ragged rows, and the gradients of a sum of them."""
-    model, _ = tiny(**options, layer_chunk=chunk)
-    params = drawn(model)
+    model, params = tiny(**options, layer_chunk=chunk)
     params = params if stacked else model.unstack(params)
     tokens, positions, mask = plain(ROWS, WIDTH)
-    mask = mask.at[1, -2:].set(False)
-
-    def loss(params):
-        hidden = model.apply(params, tokens, positions, mask, None, layout, since=since).hidden
-        weight = jnp.cos(jnp.arange(hidden.size, dtype=jnp.float32)).reshape(hidden.shape)
-        return jnp.sum(hidden * weight), hidden
-
-    return jax.jit(jax.grad(loss, has_aux=True))(params)
+    given = (tokens, positions, mask.at[1, -2:].set(False))
+    return hidden_and_gradients(model, params, given, layout, since)
 
 
 @pytest.mark.parametrize(
@@ -88,11 +82,5 @@ def test_gradients_of_bfloat16_leaves_are_added_up_in_float32():
 
 
 def test_products_have_the_tokens_of_a_chunk():
-    config = named_size("tiny", mlp_width=136, layer_chunk=TWO_ROWS)
-    model = decoder(config)
-    text = str(
-        jax.make_jaxpr(lambda params: model.apply(params, *plain(ROWS, WIDTH), None).hidden)(
-            model.shapes()
-        )
-    )
-    assert {int(n) for n in re.findall(r":f32\[(\d+),136\] = dot_general", text)} == {TWO_ROWS}
+    model = decoder(named_size("tiny", mlp_width=136, layer_chunk=2 * LENGTH))
+    assert rows_of_products(model, ROWS, 0) == {2 * LENGTH}

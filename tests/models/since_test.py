@@ -3,7 +3,6 @@
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,7 +11,7 @@ from rlhf_jax.models import passes
 from rlhf_jax.models.config import named_size
 from rlhf_jax.models.passes import Layout
 from rlhf_jax.models.transformer import decoder
-from tests.models.batches import plain, tiny
+from tests.models.batches import hidden_and_gradients, plain, tiny
 
 ROWS, SINCE, WIDTH = 3, 4, 10
 LENGTH = 40
@@ -22,13 +21,7 @@ WINDOW = dict(window=3, local_layers=(True, False), rope_theta_local=50.0)
 def values_and_gradients(model, params, layout, since):
     """Hidden states from column `SINCE` on, and the gradients of a sum of them."""
     given = plain(ROWS, WIDTH)
-
-    def loss(params):
-        hidden = model.apply(params, *given, None, layout, since=since).hidden[:, SINCE - since :]
-        weight = jnp.cos(jnp.arange(hidden.size, dtype=jnp.float32)).reshape(hidden.shape)
-        return jnp.sum(hidden * weight), hidden
-
-    return jax.jit(jax.grad(loss, has_aux=True))(params)
+    return hidden_and_gradients(model, params, given, layout, since, drop=SINCE - since)
 
 
 @pytest.mark.parametrize(
